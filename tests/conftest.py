@@ -1,0 +1,25 @@
+"""Eight fake CPU devices, strict promotion, and where the optional data lies."""
+
+import os
+from pathlib import Path
+
+# Forced host devices can deadlock on two cores without a larger thread pool; this
+# must be set before jax starts.
+os.environ.setdefault("PJRT_NPROC", "32")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real data: `$JAXLAB_DATA`, or `../shared/data` of a checkout."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("JAXLAB_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip("needs real data: set JAXLAB_DATA to its folder")
+    return folder
