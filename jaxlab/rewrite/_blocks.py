@@ -1,0 +1,181 @@
+"""The part of a program that one pass needs, as a compiled function of a block."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+import functools as ft
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array
+import numpy as np
+
+from ._program import Op, Program
+from ._split import Split, Splits
+from ._threefry import bits_slice
+
+_LENGTHS = {
+    "broadcast_in_dim": "shape",
+    "iota": "shape",
+    "random_bits": "shape",
+    "reshape": "new_sizes",
+    "slice": "limit_indices",
+}
+
+
+class Rows(NamedTuple):
+    """In place of a length: `per_row` for each row of the block at hand."""
+
+    per_row: int
+
+
+class Line(NamedTuple):
+    """One operation of a block's function, its values renumbered from 0."""
+
+    op: Op
+    params: dict[str, Any]
+    full: tuple[int, ...] | None  # of random bits: the shape that they are a slice of
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockCode:
+    """A block's function; two with one `text` are the same and compile once."""
+
+    text: str
+    lines: tuple[Line, ...] = field(compare=False)
+    fixed: dict[int, Any] = field(compare=False)
+    known: tuple[int, ...] = field(compare=False)
+    blocks: tuple[int, ...] = field(compare=False)
+    row_of: tuple[int, int] | None = field(compare=False)  # (axis, per_row) of block 0
+    results: tuple[int, ...] = field(compare=False)
+
+
+class Block(NamedTuple):
+    """`run(offset, known, blocks) -> results`, and what to call it with."""
+
+    run: Callable[..., list[Array]]
+    known: tuple[int, ...]  # the program's values to pass as `known`
+    blocks: tuple[int, ...]  # the inputs to pass a block of
+
+
+def block(
+    program: Program, splits: Splits, targets: Sequence[int], ready: frozenset[int]
+) -> Block:
+    """The function that computes `targets` from a block, given the `ready` values."""
+    needed = _needed(program, targets, ready)
+    number: dict[int, int] = {}
+    known, blocks, fixed, lines, text = [], [], {}, [], []
+
+    def read(value: int) -> int:
+        if value in number:
+            return number[value]
+        number[value] = len(number)
+        if value in program.consts and _embeds(program, value):
+            fixed[number[value]] = program.consts[value]
+            text.append(f"{number[value]}={program.consts[value]!r}")
+        elif value in program.inputs and value in splits.splits:
+            blocks.append(value)
+            text.append(f"{number[value]}:block{splits.splits[value][1:]}")
+        else:
+            known.append(value)
+            text.append(f"{number[value]}:known{program.avals[value]}")
+        return number[value]
+
+    for op, params in needed:
+        inputs = tuple(read(i) for i in op.inputs)
+        outputs = tuple(number.setdefault(o, len(number)) for o in op.outputs)
+        local, full = _localise(op, params, splits.splits.get(op.outputs[0]))
+        lines.append(Line(op, local, full, inputs, outputs))
+        text.append(f"{outputs}={op.name}{inputs}{local}{full}")
+    results = tuple(read(t) for t in targets)
+    first = splits.splits[blocks[0]] if blocks else None
+    code = BlockCode(
+        "\n".join([*text, str(results)]),
+        tuple(lines),
+        fixed,
+        tuple(number[v] for v in known),
+        tuple(number[v] for v in blocks),
+        (first.axis, first.per_row) if first else None,
+        results,
+    )
+    return Block(_compile(code), tuple(known), tuple(blocks))
+
+
+@ft.lru_cache(maxsize=512)
+def _compile(code: BlockCode) -> Callable[..., list[Array]]:
+    """Compiles a block's function; one executable serves every leaf with this text."""
+
+    @jax.jit
+    def run(offset: Array, known: list[Array], blocks: list[Array]) -> list[Array]:
+        env = dict(code.fixed)
+        env.update(zip(code.known, known, strict=True))
+        env.update(zip(code.blocks, blocks, strict=True))
+        size = 0
+        if code.row_of is not None:
+            axis, per_row = code.row_of
+            size = blocks[0].shape[axis] // per_row
+        for line in code.lines:
+            outs = _evaluate(line, [env[i] for i in line.inputs], offset, size)
+            env.update(zip(line.outputs, outs, strict=True))
+        return [env[r] for r in code.results]
+
+    return run
+
+
+def _evaluate(line: Line, args: list[Any], offset: Array, size: int) -> list[Any]:
+    """Applies one operation to the block's values."""
+    params = {
+        k: tuple(size * v.per_row if isinstance(v, Rows) else v for v in value)
+        if k == _LENGTHS.get(line.op.name)
+        else value
+        for k, value in line.params.items()
+    }
+    cut = line.params.get(_LENGTHS.get(line.op.name, ""), ())
+    axis = next((i for i, v in enumerate(cut) if isinstance(v, Rows)), None)
+    if line.op.name == "random_bits" and axis is not None:
+        assert line.full is not None
+        start = offset * np.uint64(cut[axis].per_row)
+        return [bits_slice(args[0], line.full, axis, start, params["shape"][axis])]
+    out = line.op.bind(*args, **params)
+    if line.op.name == "iota" and axis is not None and params["dimension"] == axis:
+        shift = (offset * np.uint64(cut[axis].per_row)).astype(out.dtype)
+        return [out + shift]
+    return list(out) if line.op.multiple else [out]
+
+
+def _needed(
+    program: Program, targets: Sequence[int], ready: frozenset[int]
+) -> list[tuple[Op, dict[str, Any]]]:
+    """The operations between the ready values and the targets, in order."""
+    wanted = set(targets) - ready
+    out = []
+    for op, params in zip(reversed(program.ops), reversed(program.params), strict=True):
+        if wanted & set(op.outputs):
+            out.append((op, params))
+            wanted |= set(op.inputs) - ready
+    return out[::-1]
+
+
+def _embeds(program: Program, value: int) -> bool:
+    """Is a constant part of the code? Small integers are; numbers to tune are not."""
+    const = program.consts[value]
+    if not isinstance(const, np.ndarray) or const.ndim or const.dtype.kind not in "iub":
+        return False
+    if const.dtype.itemsize > 4:
+        return False
+    return not any(
+        value in op.inputs for op in program.ops if op.name.startswith("random_")
+    )
+
+
+def _localise(
+    op: Op, params: dict[str, Any], cut: Split | None
+) -> tuple[dict[str, Any], tuple[int, ...] | None]:
+    """Puts `Rows` where the parameters name a length that is the block's."""
+    key = _LENGTHS.get(op.name)
+    if cut is None or key is None:
+        return params, None
+    full = tuple(params[key])
+    local = (*full[: cut.axis], Rows(cut.per_row), *full[cut.axis + 1 :])
+    return {**params, key: local}, full if op.name == "random_bits" else None
