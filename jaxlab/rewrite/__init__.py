@@ -1,11 +1,12 @@
 """Program transforms of pure functions, from their jaxprs."""
 
+from ._evaluate import results as results, statistics as statistics
 from ._passes import (
     Leaf as Leaf,
     Passes as Passes,
     flat as flat,
     leafwise as leafwise,
+    lengthened as lengthened,
     passes as passes,
-    results as results,
-    statistics as statistics,
 )
+from ._rules import Refused as Refused

@@ -1,17 +1,14 @@
 """Evaluates a function of whole leaves block by block, from its jaxpr."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ._blocks import Block, block
 from ._program import Program, program
-from ._select import Search
-from ._split import KTH, Split, Splits, Stat, split
-
-ROOM = 1 << 24  # values that the search for one order statistic may keep
+from ._rules import KTH, Split
+from ._split import Splits, Stat, split
 
 
 class Leaf(NamedTuple):
@@ -38,10 +35,6 @@ class Passes(NamedTuple):
     def stages(self) -> int:
         """How many passes come before the one that writes the result."""
         return len(self.stats)
-
-
-Blocks = Callable[[int, bool], Iterator[tuple[int, Sequence[Any]]]]
-"""`blocks(leaf, sample)` yields (first row, the leaf's inputs cut to a block)."""
 
 
 def passes(fn: Callable[..., Sequence[Any]], leaves: Sequence[Leaf]) -> Passes:
@@ -85,51 +78,26 @@ def passes(fn: Callable[..., Sequence[Any]], leaves: Sequence[Leaf]) -> Passes:
     return Passes(code, splits, tuple(leaves), tuple(by_stage))
 
 
-def statistics(plan: Passes, blocks: Blocks) -> dict[int, Any]:
-    """Runs every pass but the last: all that the result needs to know of the whole.
+def lengthened(leaf: Leaf) -> Leaf:
+    """The leaf with all axes from the cut one on made one.
 
     Args:
-      plan: from `passes`.
-      blocks: `blocks(leaf, sample)` yields (first row, arrays); with `sample` it may
-        yield any one block's worth of rows spread over the leaf.
+      leaf: any leaf.
 
     Returns:
-      The values that `results` needs, by number.
+      A leaf whose rows are single entries.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> leaf = Leaf((jax.ShapeDtypeStruct((4,), jnp.float32),), (0,))
-      >>> plan = passes(lambda x: [x[0] / jnp.sum(x[0])], [leaf])
-      >>> read = lambda i, sample: ((r, [np.ones(2, "f4")]) for r in (0, 2))
-      >>> known = statistics(plan, read)
-      >>> [(row, y.tolist()) for row, y in results(plan, known, 0, read)]
-      [(0, [0.25, 0.25]), (2, [0.25, 0.25])]
+      >>> lengthened(Leaf((jax.ShapeDtypeStruct((5, 2, 3), jnp.float32),), (1,))).rows
+      6
     """
-    known: dict[int, Any] = dict(plan.program.consts)
-    with jax.enable_x64(True):
-        for stats in plan.stats:
-            known.update(_gather(plan, stats, known, blocks))
-    return known
 
+    def long(x: jax.ShapeDtypeStruct, axis: int) -> jax.ShapeDtypeStruct:
+        size = int(np.prod(x.shape[axis:], dtype=np.int64))
+        return jax.ShapeDtypeStruct((*x.shape[:axis], size), x.dtype)
 
-def results(
-    plan: Passes, known: dict[int, Any], leaf: int, blocks: Blocks
-) -> Iterator[tuple[int, jax.Array]]:
-    """Runs the last pass over one leaf.
-
-    Args:
-      plan: from `passes`.
-      known: from `statistics`.
-      leaf: which leaf.
-      blocks: as for `statistics`.
-
-    Yields:
-      (first row, the result's rows), in order.
-    """
-    out = plan.program.outputs[leaf]
-    code = block(plan.program, plan.splits, [out], frozenset(known))
-    for row, (value,) in _run(plan, code, leaf, known, blocks, sample=False):
-        yield row, value
+    return Leaf(tuple(map(long, leaf.avals, leaf.axes)), leaf.axes)
 
 
 def flat(fn: Callable[..., Sequence[Any]], leaves: Sequence[Leaf]) -> Passes | None:
@@ -146,21 +114,15 @@ def flat(fn: Callable[..., Sequence[Any]], leaves: Sequence[Leaf]) -> Passes | N
     Returns:
       As `passes`, for leaves with all axes from the cut one on made one; or None.
     """
-
-    def long(x: jax.ShapeDtypeStruct, axis: int) -> jax.ShapeDtypeStruct:
-        size = int(np.prod(x.shape[axis:], dtype=np.int64))
-        return jax.ShapeDtypeStruct((*x.shape[:axis], size), x.dtype)
-
-    flats = [
-        Leaf(tuple(map(long, leaf.avals, leaf.axes)), leaf.axes) for leaf in leaves
-    ]
+    flats = [lengthened(leaf) for leaf in leaves]
     try:
         plan = passes(lambda *xs: [y.reshape(-1) for y in fn(*xs)], flats)
         avals = [x.avals for x in leaves]
         whole, _ = program(lambda *xs: list(fn(*xs)), *avals, keep=[KTH])
     except (TypeError, ValueError, IndexError):
         return None
-    return plan if _steps(plan.program) == _steps(whole) else None
+    same = _steps(plan.program) == _steps(whole) and not _counts_rows(plan)
+    return plan if same else None
 
 
 def leafwise(fn: Callable[[Any], Any], tree: Any) -> bool:
@@ -191,152 +153,31 @@ def leafwise(fn: Callable[[Any], Any], tree: Any) -> bool:
 
 
 def _steps(code: Program) -> list[tuple[Any, ...]]:
-    """The operations that compute, with the sizes of what they make."""
+    """What each operation computes, whatever the shapes: sizes, lengths, constants."""
+    plain = lambda v: isinstance(code.consts.get(v), np.ndarray)
     return [
-        (op.name, *(code.avals[o].size for o in op.outputs))
-        for op in code.ops
+        (
+            op.name,
+            *(code.avals[o].size for o in op.outputs),
+            *_lengths(code.avals[op.inputs[0]].shape if op.inputs else (), params),
+            *(code.consts[i].tobytes() for i in op.inputs if plain(i)),
+        )
+        for op, params in zip(code.ops, code.params, strict=True)
         if op.name not in ("reshape", "squeeze")
     ]
 
 
-def _run(
-    plan: Passes,
-    code: Block,
-    group: int,
-    known: dict[int, Any],
-    blocks: Blocks,
-    *,
-    sample: bool,
-) -> Iterator[tuple[int, list[Any]]]:
-    """Calls a block's function on every block of a leaf."""
-    first = sum(len(leaf.avals) for leaf in plan.leaves[:group])
-    place = [plan.program.inputs.index(v) - first for v in code.blocks]
-    values = [known[v] for v in code.known]
-    for row, arrays in blocks(group, sample):
-        yield row, code.run(np.uint64(row), values, [arrays[i] for i in place])
+def _lengths(shape: tuple[int, ...], params: dict[str, Any]) -> list[int]:
+    """How long the axes are that an operation works along, as a sort does."""
+    axes = [params[k] for k in ("axis", "dimension") if k in params]
+    return [shape[axis] for axis in axes if axis < len(shape)]
 
 
-def _gather(
-    plan: Passes, stats: Sequence[Stat], known: dict[int, Any], blocks: Blocks
-) -> dict[int, Any]:
-    """One stage: reduces over all blocks, in as many passes as the searches need."""
-    totals: dict[int, np.ndarray] = {}
-    searches: dict[int, list[Search]] = {}
-    ready = frozenset(known)
-    groups = sorted({g for s in stats for g in s.groups})
-    codes = {g: _stage_code(plan, stats, g, ready) for g in groups}
-    if any(s.how == "kth" for s in stats):
-        searches = _searches(plan, stats, groups, codes, known, blocks)
-    first = True
-    while first or any(s.answer is None for rows in searches.values() for s in rows):
-        for g in groups:
-            code, own = codes[g]
-            for _, values in _run(plan, code, g, known, blocks, sample=False):
-                _count(plan, own, values, totals if first else {}, searches)
-        for rows in searches.values():
-            for search in rows:
-                search.turn()
-        first = False
-    found = {v: np.array([s.answer for s in rows]) for v, rows in searches.items()}
-    return {
-        v: np.asarray(x, plan.program.avals[v].dtype).reshape(
-            plan.program.avals[v].shape
-        )
-        for v, x in {**totals, **found}.items()
-    }
-
-
-def _stage_code(
-    plan: Passes, stats: Sequence[Stat], group: int, ready: frozenset[int]
-) -> tuple[Block, list[tuple[Stat, int]]]:
-    """The function of a block that yields every part this leaf adds to a stage."""
-    targets, own = [], []
-    for stat in stats:
-        if stat.how != "kth":
-            mine = [stat.value] if group in stat.groups else []
-        else:
-            parts = stat.op.inputs[1:]
-            mine = [v for v in parts if plan.splits.splits[v].group == group]
-        targets += mine
-        own += [(stat, v) for v in mine]
-    return block(plan.program, plan.splits, targets, ready), own
-
-
-def _count(
-    plan: Passes,
-    own: Sequence[tuple[Stat, int]],
-    values: Sequence[Any],
-    totals: dict[int, np.ndarray],
-    searches: dict[int, list[Search]],
-) -> None:
-    """Adds one block's parts to the running totals and searches."""
-    del plan
-    join = {"sum": np.add, "max": np.maximum, "min": np.minimum}
-    for (stat, _), value in zip(own, values, strict=True):
-        part = np.asarray(value)
-        if stat.how == "kth":
-            for search, row in zip(searches[stat.value], part, strict=True):
-                search.feed(row)
-            continue
-        wide = part.astype(_wide(part.dtype))
-        old = totals.get(stat.value)
-        totals[stat.value] = wide if old is None else join[stat.how](old, wide)
-
-
-def _wide(dtype: np.dtype) -> Any:
-    """Totals are kept in 64 bits."""
-    return {"f": np.float64, "i": np.int64, "u": np.uint64, "b": np.bool_}.get(
-        dtype.kind, np.float64
+def _counts_rows(plan: Passes) -> bool:
+    """Does the function number the rows of a leaf, which are not those of its shape?"""
+    return any(
+        op.name == "iota"
+        and (cut := plan.splits.splits.get(op.outputs[0])) is not None
+        and params["dimension"] == cut.axis
+        for op, params in zip(plan.program.ops, plan.program.params, strict=True)
     )
-
-
-def _searches(
-    plan: Passes,
-    stats: Sequence[Stat],
-    groups: Sequence[int],
-    codes: dict[int, tuple[Block, list[tuple[Stat, int]]]],
-    known: dict[int, Any],
-    blocks: Blocks,
-) -> dict[int, list[Search]]:
-    """Starts the searches of a stage, narrowed by a sample where the data is large."""
-    out: dict[int, list[Search]] = {}
-    kth = [s for s in stats if s.how == "kth"]
-    total = {s.value: 0 for s in kth}
-    for s in kth:
-        for v in s.op.inputs[1:]:
-            shape = plan.program.avals[v].shape
-            total[s.value] += int(np.prod(shape[1:], dtype=np.int64))
-        ranks = _ranks(plan, s, frozenset(known), known)
-        dtype = plan.program.avals[s.value].dtype
-        room = ROOM // max(1, len(ranks) * len(kth))
-        out[s.value] = [Search(int(r), dtype, room) for r in ranks]
-    large = [s for s in kth if any(total[s.value] > x.room for x in out[s.value])]
-    if not large:
-        return out
-    samples: dict[int, list[np.ndarray]] = {s.value: [] for s in large}
-    for g in groups:
-        code, own = codes[g]
-        for _, values in _run(plan, code, g, known, blocks, sample=True):
-            for (stat, v), value in zip(own, values, strict=True):
-                if stat.value in samples:
-                    shape = plan.program.avals[v].shape
-                    size = int(np.prod(shape[1:], dtype=np.int64))
-                    part = np.asarray(value).reshape(shape[0], -1)
-                    keep = max(1, round((1 << 20) * size / total[stat.value]))
-                    step = max(1, part.shape[1] // keep)
-                    samples[stat.value].append(part[:, ::step])
-    for s in large:
-        for search, row in zip(
-            out[s.value], np.concatenate(samples[s.value], 1), strict=True
-        ):
-            search.guess(row, total[s.value])
-    return out
-
-
-def _ranks(
-    plan: Passes, stat: Stat, ready: frozenset[int], known: dict[int, Any]
-) -> np.ndarray:
-    """The ranks of a search, which are known before its pass."""
-    code = block(plan.program, plan.splits, [stat.op.inputs[0]], ready)
-    (ranks,) = code.run(np.uint64(0), [known[v] for v in code.known], [])
-    return np.asarray(ranks).reshape(-1)

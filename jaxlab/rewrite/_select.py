@@ -38,6 +38,8 @@ class Search:
 
     def guess(self, sample: np.ndarray, total: int) -> None:
         """Narrows the interval to where a sample puts the answer, six sigma wide."""
+        if self.answer is not None:
+            return
         bits = np.sort(self._bits(sample))
         n = bits.size
         share = min(self.rank / total, 1.0)
@@ -62,7 +64,7 @@ class Search:
             part = (bits - word(self.low)) >> word(self._shift())
             self.parts += np.bincount(part.astype(np.intp), minlength=self.parts.size)
         elif self.low < self.high and self.inside <= self.room:
-            self.kept.append(bits.copy() if everything else bits)
+            self.kept.append(bits)
         else:
             self.kept.clear()
 
@@ -102,10 +104,8 @@ class Search:
         self.kept, self.parts = [], None
 
     def _bits(self, values: np.ndarray) -> np.ndarray:
-        """Nonnegative floats as integers of the same order (a sign bit is dropped)."""
-        word = np.dtype(f"i{self.dtype.itemsize}")
-        bits = values.reshape(-1).view(word)
-        return bits & word.type(self._largest()) if np.signbit(values).any() else bits
+        """Nonnegative floats as integers, which are in the same order."""
+        return values.reshape(-1).view(f"i{self.dtype.itemsize}")
 
     def _value(self, bits: int) -> Any:
         return np.array(bits, f"i{self.dtype.itemsize}").view(self.dtype)[()]
