@@ -1,0 +1,10 @@
+"""Checkpoints: safetensors, Hugging Face folders, Orbax, npz and msgpack.
+
+Names are dotted in files and slashed in trees: `layers.0.weight` is `layers/0/weight`.
+"""
+
+from ._checkpoint import Checkpoint as Checkpoint, Tensor as Tensor
+from ._errors import FormatError as FormatError
+from ._load import load as load
+from ._open import open as open  # noqa: A004  (it does what open does)
+from ._save import save as save
