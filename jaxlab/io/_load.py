@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-import functools as ft
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +90,13 @@ def _put(tensor: Tensor, sharding: Sharding | None) -> jax.Array:
     with jax.enable_x64(True) if wide else nullcontext():
         if sharding is None:
             return jax.device_put(tensor.read())
-        rows = ft.lru_cache(None)(lambda low, high: tensor[low:high])
+        read: dict[str, np.ndarray] = {}  # devices that hold the same part share it
 
         def piece(index: tuple[slice, ...] | None) -> np.ndarray:
-            if not index:
-                return tensor.read()
-            head, *rest = index
-            return rows(head.start, head.stop)[(slice(None), *rest)]
+            key = str(index)
+            if key not in read:
+                read[key] = tensor[index] if index else tensor.read()
+            return read[key]
 
         return jax.make_array_from_callback(
             tensor.shape, sharding, piece, dtype=tensor.dtype

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -17,6 +17,9 @@ from ._load import is_key
 from ._names import to_name, unique
 from ._safetensors import safetensors_writer
 from ._shards import INDEX, MANIFEST, Listed, index_bytes, manifest_bytes, plan_shards
+
+if TYPE_CHECKING:
+    from ._orbax_save import Pending
 
 Format = Literal["safetensors", "npz", "msgpack", "orbax"]
 
@@ -35,7 +38,8 @@ def save(
     format: Format | None = None,  # noqa: A002  (the handbook's word)
     shard_size: float = 5e9,
     metadata: Mapping[str, str] | None = None,
-) -> None:
+    wait: bool = True,
+) -> "Pending | None":
     """Writes a tree of arrays; a crash at any moment leaves the old file or the new.
 
     Args:
@@ -47,10 +51,15 @@ def save(
       format: where the suffix does not say it.
       shard_size: bytes per file of a safetensors folder.
       metadata: string pairs for the file.
+      wait: return when all is on disk. Orbax alone can go on in the background: the
+        values have been copied by then, so arrays may be changed or donated.
+
+    Returns:
+      The save under way where `wait` is False: its `wait()` returns or raises.
 
     Raises:
       ValueError: a leaf is no array, has a dtype the format lacks, or shares its path
-        with another; names the leaf.
+        with another; names the leaf. Or a format that cannot go on by itself.
       OSError: disk full, target read-only or folder not empty. Nothing is left behind.
 
     Example:
@@ -63,7 +72,9 @@ def save(
     """
     path = Path(path)
     kind = _format(path, format)
-    flat = flatten(tree)
+    if not wait and kind != "orbax":
+        raise ValueError(f"{path}: only Orbax saves in the background, not {kind}")
+    flat = flatten(tree, spread=kind == "orbax")
     if kind == "npz":
         from ._npz import save_npz
 
@@ -75,18 +86,21 @@ def save(
     elif kind == "orbax":
         from ._orbax import save_orbax
 
-        save_orbax(path, flat, metadata)
+        pending = save_orbax(path, flat, metadata, wait=wait)
+        return None if wait else pending
     elif path.suffix == ".safetensors":
         _write(path, _entries(flat), flat, metadata)
     else:
         _save_folder(path, flat, shard_size, metadata)
+    return None
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any, *, spread: bool = False) -> dict[str, Any]:
     """The leaves of a tree by dotted name, in leaf order.
 
     Args:
       tree: any tree of arrays.
+      spread: allow arrays that are spread over several processes.
 
     Returns:
       Arrays as they are, except that random keys become their data.
@@ -105,7 +119,7 @@ def flatten(tree: Any) -> dict[str, Any]:
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             kind = type(leaf).__name__
             raise ValueError(f"the leaf {path!r} is no array but {kind} {show(leaf)}")
-        if not getattr(leaf, "is_fully_addressable", True):
+        if not (spread or getattr(leaf, "is_fully_addressable", True)):
             why = "is spread over several processes; save it as Orbax (.orbax)"
             raise ValueError(f"the leaf {path!r} {why}")
         flat[to_name(path)] = jax.random.key_data(leaf) if is_key(leaf) else leaf

@@ -40,9 +40,8 @@ def statistics(plan: Passes, blocks: Blocks) -> dict[int, Any]:
       [(0, [0.25, 0.25]), (2, [0.25, 0.25])]
     """
     known: dict[int, Any] = dict(plan.program.consts)
-    with jax.enable_x64(True):
-        for stats in plan.stats:
-            known.update(_gather(plan, stats, known, blocks))
+    for stats in plan.stats:
+        known.update(_gather(plan, stats, known, blocks))
     return known
 
 
@@ -81,7 +80,10 @@ def _run(
     place = [plan.program.inputs.index(v) - first for v in code.blocks]
     values = [known[v] for v in code.known]
     for row, arrays in blocks(group, sample):
-        yield row, code.run(np.uint64(row), values, [arrays[i] for i in place])
+        inputs = [arrays[i] for i in place]
+        with jax.enable_x64(True):  # not across the yield
+            out = code.run(np.uint64(row), values, inputs)
+        yield row, out
 
 
 def _first(plan: Passes, group: int) -> int:
@@ -212,5 +214,6 @@ def _ranks(
 ) -> np.ndarray:
     """The ranks of a search, which are known before its pass."""
     code = block(plan.program, plan.splits, [stat.op.inputs[0]], ready)
-    (ranks,) = code.run(np.uint64(0), [known[v] for v in code.known], [])
+    with jax.enable_x64(True):
+        (ranks,) = code.run(np.uint64(0), [known[v] for v in code.known], [])
     return np.asarray(ranks).reshape(-1)

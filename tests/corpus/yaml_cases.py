@@ -3,11 +3,15 @@
 
 def _bomb(first: str, item: str, levels: int) -> str:
     rows = [first]
-    rows += [f"a{i}: &a{i} {item % ','.join([f'*a{i - 1}'] * 9)}" for i in range(1, levels)]
+    rows += [
+        f"a{i}: &a{i} {item % ','.join([f'*a{i - 1}'] * 9)}" for i in range(1, levels)
+    ]
     return "\n".join(rows)
 
 
-_RECIPE = "merge_method: {0}\nbase_model: z\nmodels:\n  - model: a\n    parameters: {1}\n"
+_RECIPE = (
+    "merge_method: {0}\nbase_model: z\nmodels:\n  - model: a\n    parameters: {1}\n"
+)
 
 
 def _with(parameters: str, method: str = "task_arithmetic") -> str:
