@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import __version__
 from ._atomic import atomic_bytes, folder_lock, publish, sweep, vacant
 from ._errors import FormatError
 from ._header import Entry
@@ -73,7 +74,8 @@ def run(
       OSError: the disk is full or read-only. The target stays as it was.
     """
     shards = plan_shards(job.entries, job.shard_size)
-    identity = _json({**job.facts, "shards": [[n, _layout(e)] for n, e in shards]})
+    facts = {"jaxlab": __version__, **job.facts}
+    identity = _json({**facts, "shards": [[n, _layout(e)] for n, e in shards]})
     if resume and _complete(job.out, identity):
         files = tuple(read_manifest(job.out) or {})
         return Written((*files, MANIFEST), files)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import __version__
 from ._checkpoint import Checkpoint
 from ._feed import Group, Settings
 from ._header import Entry
@@ -99,9 +98,7 @@ def stream(
         facts = {"method": repr(method), "seed": seed, "inputs": inputs}
         settings, memo = Settings(seed, allow_nonfinite), Memo({}, {})
         report = outline(Path(out), tasks, settings, memo)
-        job = Job(
-            Path(out), entries(tasks), {"jaxlab": __version__, **facts}, {}, shard_size
-        )
+        job = Job(Path(out), entries(tasks), facts, {}, shard_size)
         written = execute(job, tasks, settings, memo, resume, progress)
     return timed(report, written, start)
 

@@ -52,7 +52,9 @@ def stream(
     with ThreadPoolExecutor(1) as ahead:
         joint = _Joint.of(tasks, settings, ahead)
         for task in todo:
-            if task.method is None:
+            if not math.prod(task.shape):
+                yield task, iter(())
+            elif task.method is None:
                 yield task, _copied(task, settings, ahead)
             elif joint is not None and task.name in joint.index:
                 yield task, joint.results(task)
@@ -67,7 +69,7 @@ def peak_memory(tasks: Sequence[Task], settings: Settings, memo: "Memo") -> int:
     what a search for a threshold keeps; all of a tensor where a method needs all of it.
     """
     most = 0
-    for task in tasks:
+    for task in (t for t in tasks if math.prod(t.shape)):
         group, shape = task.group, task.group.avals()[0].shape[1:]
         size, entries = math.prod(shape), len(group.tensors)
         width = sum(t.dtype.itemsize for t in group.tensors)
@@ -235,7 +237,8 @@ class _Joint(NamedTuple):
         cls, tasks: Sequence[Task], settings: Settings, ahead: ThreadPoolExecutor
     ) -> "_Joint | None":
         """The joint part of a run, with its statistics; or None where there is none."""
-        tied = [t for t in tasks if t.method is not None and not _leafwise(t)]
+        merged = [t for t in tasks if t.method is not None and math.prod(t.shape)]
+        tied = [t for t in merged if not _leafwise(t)]
         if not tied:
             return None
         method = _shared(tied)
