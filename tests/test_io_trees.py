@@ -49,11 +49,26 @@ def test_leaf_and_subtree(tmp_path: Path):
     got = io.load(tmp_path / "a.safetensors")
     assert {k: x.shape for k, x in got.items()} == {
         "a": (1,),
-        "a/b": (2,),
-        "a/b/c": (3,),
+        "a.b": (2,),
+        "a.b.c": (3,),
     }
     io.save(tmp_path / "b.safetensors", got)
     assert read_all(tmp_path / "b.safetensors").keys() == flat.keys()
+
+
+def test_a_flat_dict_is_a_state_dict(tmp_path: Path):
+    """Its keys are names as they are, on the way out and on the way back."""
+    flat = {"model.layers.0.weight": np.ones(2, "f4"), "odd/name": np.zeros(1, "f4")}
+    io.save(tmp_path / "a.safetensors", flat)
+    assert read_all(tmp_path / "a.safetensors").keys() == flat.keys()
+    same = io.load(tmp_path / "a.safetensors", like=flat)
+    assert same.keys() == flat.keys()
+    nested = io.load(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(nested["model"]["layers"]["0"]["weight"], np.ones(2))
+    io.save(tmp_path / "b.safetensors", nested)
+    assert read_all(tmp_path / "b.safetensors").keys() == flat.keys()
+    io.save(tmp_path / "c.safetensors", {"a/b": np.ones(1), "c": np.ones(1)})
+    assert io.load(tmp_path / "c.safetensors").keys() == {"a/b", "c"}
 
 
 def _nnx():

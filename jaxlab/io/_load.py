@@ -13,7 +13,7 @@ import numpy as np
 from .. import tree
 from ._checkpoint import Tensor
 from ._errors import refuse
-from ._names import nest, to_path, unique
+from ._names import leaf_paths, nest, to_name, to_path
 from ._open import open  # noqa: A004  (ours)
 
 
@@ -29,7 +29,8 @@ def load(
       path: as for `open`.
       like: a tree that gives the structure: NNX state, Linen params, the arrays of an
         Equinox model, or `jax.eval_shape` of any of them. Shapes and dtypes must agree,
-        and its shardings are kept. None gives nested dicts, one level per component.
+        and its shardings are kept. None gives nested dicts, one level per component; a
+        flat dict, where nothing nests, has the names of the file as they are.
       sharding: one sharding for all leaves, or a tree of them with the same paths. Each
         device reads only the rows it holds.
 
@@ -54,8 +55,11 @@ def load(
         flat = {to_path(name): t for name, t in checkpoint.tensors.items()}
         if like is None:
             where = _shardings(sharding, list(flat))
-            return nest({p: _put(t, where.get(p)) for p, t in flat.items()})
-        wanted = dict(zip(unique(tree.paths(like)), jax.tree.leaves(like), strict=True))
+            nested = nest({p: _put(t, where.get(p)) for p, t in flat.items()})
+            if not any(isinstance(x, dict) for x in nested.values()):
+                return {to_name(path): x for path, x in nested.items()}
+            return nested
+        wanted = dict(zip(leaf_paths(like), jax.tree.leaves(like), strict=True))
         _check_paths(checkpoint.path, flat, wanted)
         own = {p: _sharding_of(x) for p, x in wanted.items()}
         where = own if sharding is None else _shardings(sharding, list(flat))

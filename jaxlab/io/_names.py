@@ -9,6 +9,11 @@ inside a name becomes a dot inside a path and returns. No character is an escape
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+import jax
+import numpy as np
+
+from .. import tree as trees
+
 T = TypeVar("T")
 
 _EXCHANGE = str.maketrans("./", "/.")
@@ -72,6 +77,32 @@ def nest(flat: Mapping[str, T]) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[last] = leaf
     return tree
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """The slash path of every leaf, as a checkpoint knows it.
+
+    A flat dict of arrays is a state dict: its keys are names already, dots and all.
+
+    Args:
+      tree: any tree of arrays.
+
+    Returns:
+      One path per leaf, in leaf order.
+
+    Raises:
+      ValueError: two leaves share a path.
+
+    Example:
+      >>> import numpy as np
+      >>> leaf_paths({"a.b": np.ones(1)}), leaf_paths({"c": {"a.b": np.ones(1)}})
+      (['a/b'], ['c/a.b'])
+    """
+    found = trees.paths(tree)
+    arrays = np.ndarray | np.generic | jax.Array | jax.ShapeDtypeStruct
+    if isinstance(tree, dict) and all(isinstance(v, arrays) for v in tree.values()):
+        return [to_path(name) for name in found]
+    return unique(found)
 
 
 def unique(paths: Iterable[str]) -> list[str]:

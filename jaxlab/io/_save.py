@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import numpy as np
 
-from .. import tree as trees
 from ._atomic import atomic_bytes, atomic_folder
 from ._dtypes import little, to_code
 from ._errors import show
 from ._folder import PICKLES, refuse_pickle
 from ._header import Entry
 from ._load import is_key
-from ._names import to_name, unique
+from ._names import leaf_paths, to_name
 from ._safetensors import safetensors_writer
 from ._shards import INDEX, MANIFEST, Listed, index_bytes, manifest_bytes, plan_shards
 
@@ -47,7 +46,8 @@ def save(
         which must be missing or empty: of safetensors, or Orbax where it ends in
         `.orbax`. Its parent must exist.
       tree: nested dicts, NNX state, Linen params, any tree of arrays. A leaf's name is
-        its path with dots for slashes; random keys are saved as their data.
+        its path with dots for slashes; the keys of a flat dict of arrays are names as
+        they are. Random keys are saved as their data.
       format: where the suffix does not say it.
       shard_size: bytes per file of a safetensors folder.
       metadata: string pairs for the file.
@@ -113,9 +113,7 @@ def flatten(tree: Any, *, spread: bool = False) -> dict[str, Any]:
       {'a.b': array([1.])}
     """
     flat = {}
-    for path, leaf in zip(
-        unique(trees.paths(tree)), jax.tree.leaves(tree), strict=True
-    ):
+    for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             kind = type(leaf).__name__
             raise ValueError(f"the leaf {path!r} is no array but {kind} {show(leaf)}")
