@@ -1,0 +1,26 @@
+"""The few tree operations that jax.tree lacks.
+
+A path reads `block_0/attn/kernel`: the keys of a leaf, joined by slashes.
+"""
+
+from ._algebra import (
+    add as add,
+    cosine as cosine,
+    dot as dot,
+    norm as norm,
+    scale as scale,
+    subtract as subtract,
+    widen as widen,
+)
+from ._order import count as count, kth_largest as kth_largest
+from ._paths import (
+    check_like as check_like,
+    combine as combine,
+    glob as glob,
+    keys_like as keys_like,
+    partition as partition,
+    path_map as path_map,
+    paths as paths,
+    stack as stack,
+    unstack as unstack,
+)
