@@ -15,7 +15,8 @@ from ._header import Entry
 from ._hub import resolve
 from ._job import Job, Written, run
 from ._open import open as open_checkpoint
-from ._stream import Memo, Task, peak_memory, stream as compute
+from ._stream import Memo, peak_memory, stream as compute
+from ._task import Task
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
 """`progress(what, total)` is a context whose value is called with bytes read."""
