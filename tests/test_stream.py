@@ -208,3 +208,15 @@ def test_float64_models_merge_in_float64(tmp_path):
     with io.open(tmp_path / "out") as opened:
         got = opened.tensors["w"].read()
     np.testing.assert_allclose(got, x.mean(0), rtol=1e-15)
+
+
+def test_a_streamed_merge_resumes(tmp_path):
+    paths = save_trees(tmp_path, {"w": np.ones(3, "f4")}, {"w": np.zeros(3, "f4")})
+    method = ft.partial(merge.linear, weights=np.array([1.0, 3.0]))
+    _run.stream(method, paths, tmp_path / "out")
+    same = ft.partial(merge.linear, weights=[1.0, 3.0])
+    done = _run.stream(same, paths, tmp_path / "out", resume=True)
+    assert "model.safetensors" in done.resumed
+    other = ft.partial(merge.linear, weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match="name another output"):
+        _run.stream(other, paths, tmp_path / "out", resume=True)

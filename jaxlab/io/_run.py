@@ -96,12 +96,20 @@ def stream(
         inputs = fingerprints(
             {str(c.path): c for c in (*opened, *([origin] if origin else []))}
         )
-        facts = {"method": repr(method), "seed": seed, "inputs": inputs}
+        facts = {"method": _named(method), "seed": seed, "inputs": inputs}
         settings, memo = Settings(seed, allow_nonfinite), Memo({}, {})
         report = outline(Path(out), tasks, settings, memo)
         job = Job(Path(out), entries(tasks), facts, {}, shard_size)
         written = execute(job, tasks, settings, memo, resume, progress)
     return timed(report, written, start)
+
+
+def _named(method: Callable[..., Any]) -> list[Any]:
+    """A method and its options, the same in every process."""
+    inner = getattr(method, "func", method)
+    options = getattr(method, "keywords", {})
+    plain = {k: repr(np.asarray(v).tolist()) for k, v in sorted(options.items())}
+    return [f"{inner.__module__}.{inner.__qualname__}", plain]
 
 
 def timed(report: Report, written: Written, start: float) -> Report:

@@ -81,8 +81,10 @@ def bound(method: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 def frozen(value: Any) -> Any:
+    """An option as something hashable: arrays and lists by value."""
     if isinstance(value, Mapping):
         return tuple((k, frozen(v)) for k, v in sorted(value.items()))
-    if isinstance(value, np.ndarray):
-        return (value.dtype.str, value.shape, value.tobytes())
+    if isinstance(value, np.ndarray | jax.Array | list | tuple):
+        array = np.asarray(value)
+        return (array.dtype.str, array.shape, array.tobytes())
     return value
