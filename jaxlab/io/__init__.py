@@ -6,5 +6,7 @@ Names are dotted in files and slashed in trees: `layers.0.weight` is `layers/0/w
 from ._checkpoint import Checkpoint as Checkpoint, Tensor as Tensor
 from ._errors import FormatError as FormatError
 from ._load import load as load
+from ._merge import merge as merge
 from ._open import open as open  # noqa: A004  (it does what open does)
+from ._run import Report as Report, stream as stream
 from ._save import save as save

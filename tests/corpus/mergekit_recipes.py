@@ -31,7 +31,14 @@ models:
 _STACK = """merge_method: passthrough
 slices:
   - sources: [{model: a, layer_range: [0, 2]}]
-  - sources: [{model: b, layer_range: [1, 3], parameters: {scale: [{filter: o_proj, value: 0.0}, {filter: down_proj, value: 0.5}, {value: 1.0}]}}]
+  - sources:
+      - model: b
+        layer_range: [1, 3]
+        parameters:
+          scale:
+            - {filter: o_proj, value: 0.0}
+            - {filter: down_proj, value: 0.5}
+            - value: 1.0
   - sources: [{model: a, layer_range: [2, 3]}]
 dtype: float32
 """

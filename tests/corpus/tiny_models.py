@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-WIDTH, INNER, ROWS, LAYERS = 8, 12, 24, 3
+WIDTH, INNER, ROWS, LAYERS = 6, 10, 24, 3
 
 
 def _llama(layers, rows, tied):

@@ -1,4 +1,4 @@
-"""Bad and good recipe files: name -> (accept?, bytes). Ours, built from stated rules."""
+"""Bad and good recipe files, built by rule: name -> (accept?, bytes)."""
 
 
 def _bomb(first: str, item: str, levels: int) -> str:
@@ -33,7 +33,7 @@ _TEXTS = {
     ),
     "ok_exponent": (True, _with("{weight: 1e-3}")),
     "ok_quoted_number": (True, _with("{weight: '0.5'}")),
-    "ok_yes": (True, _with("{weight: 1, normalize: yes}")),
+    "ok_yes": (True, _with("{weight: 1}") + "parameters: {normalize: yes}\n"),
     "alias_bomb": (False, _bomb("a0: &a0 [x,x,x,x,x,x,x,x,x]", "[%s]", 9)),
     "merge_bomb": (False, _bomb("a0: &a0 {k: v}", "{<<: [%s]}", 8)),
     "recursive": (False, "a: &a [*a]\n"),
@@ -59,7 +59,8 @@ _TEXTS = {
     "underscore": (False, _with("{weight: 1_0}")),
     "sexagesimal": (False, _with("{weight: 1:30}")),
     "text_for_number": (False, _with("{weight: half}")),
-    "number_for_bool": (False, _with("{weight: 1, normalize: 1}")),
+    "number_for_bool": (False, _with("{weight: 1}") + "parameters: {normalize: 1}\n"),
+    "shared_for_one": (False, _with("{weight: 1, normalize: true}")),
     "bool_for_model": (False, "merge_method: linear\nmodels: [{model: no}]\n"),
     "complex_key": (False, "? [a]\n: 1\n"),
     "undefined_alias": (False, "a: *b\n"),

@@ -1,0 +1,108 @@
+"""Merges checkpoints on disk by a recipe into a model folder."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+import time
+from typing import Any
+
+from .. import recipe as recipes
+from ._checkpoint import Checkpoint
+from ._feed import Group, Settings
+from ._inputs import inputs
+from ._job import Job
+from ._plan import Plan, Step, build_plan, references
+from ._run import (
+    Progress,
+    Report,
+    entries,
+    execute,
+    fingerprints,
+    open_model,
+    outline,
+    timed,
+)
+from ._stream import Memo
+from ._task import Task
+
+
+def merge(
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    seed: int = 0,
+    shard_size: float = 5e9,
+    resume: bool = False,
+    dry_run: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Merges checkpoints by a recipe, in memory that does not grow with their size.
+
+    Each tensor is merged by the function that merges in memory, in blocks that are read
+    ahead, computed in at least float32, rounded once and written at once.
+
+    Args:
+      recipe: a YAML file, mergekit's or our own form, or the same as plain values.
+      out: the folder to write: missing, or empty. It appears when it is complete.
+      seed: of random methods. Masks depend on seed and tensor path alone.
+      shard_size: bytes of tensors in one file; a larger tensor gets its own.
+      resume: go on where an interrupted run of the same merge stopped; the result is
+        the same to the bit. A finished one is left as it is.
+      dry_run: check everything and return the plan; nothing is written.
+      allow_nonfinite: merge tensors that hold NaN or infinity instead of refusing them.
+      progress: shows the bytes that are read.
+
+    Returns:
+      A `Report`.
+
+    Raises:
+      ValueError: a bad recipe, models that do not fit together, NaN or infinity; names
+        recipe key, tensor and model. Nothing is written.
+      OSError: a file cannot be read or written.
+    """
+    start, out = time.perf_counter(), Path(out)
+    with ExitStack() as stack:
+        spec = _read(recipe)
+        models = {
+            m: stack.enter_context(open_model(m, recipe)) for m in references(spec)
+        }
+        try:
+            plan = build_plan(spec, models)
+        except ValueError as error:
+            if not dry_run:
+                raise
+            return Report(out, 0, 0, 0, 0, problems=(str(error),))
+        tasks = tuple(_task(step, models) for step in plan.steps)
+        settings, memo = Settings(seed, allow_nonfinite), Memo({}, {})
+        report = outline(out, tasks, settings, memo)._replace(notes=plan.notes)
+        if dry_run:
+            return report
+        facts = {"recipe": spec, "seed": seed, "inputs": fingerprints(models)}
+        job = Job(out, entries(tasks), facts, _files(plan, models), shard_size)
+        written = execute(job, tasks, settings, memo, resume, progress)
+    return timed(report, written, start)
+
+
+def _read(recipe: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe of either form as plain values, in our own."""
+    if isinstance(recipe, Mapping):
+        return recipes.convert(recipe)
+    return recipes.load(recipe)
+
+
+def _task(step: Step, models: Mapping[str, Checkpoint]) -> Task:
+    """A step of the plan, with its tensors at hand."""
+    group = Group(*inputs(step, models))
+    return Task(step.name, step.shape, step.out_dtype, step.method, group)
+
+
+def _files(plan: Plan, models: Mapping[str, Checkpoint]) -> dict[str, bytes]:
+    """The files that go with the model: config, tokenizer, chat template and so on."""
+    like = models[plan.like]
+    carried = {
+        str(name): (like.path / name).read_bytes()
+        for name in (p.relative_to(like.path) for p in like.carried)
+        if str(name) not in plan.left_out
+    }
+    return {**carried, **plan.files}
