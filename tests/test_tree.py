@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlab import tree
+from jaxlab.tree._order import _count
 
 settings.register_profile("here", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("here")
@@ -231,11 +232,8 @@ def test_wrong_arguments_are_named():
             call()
 
 
-@pytest.mark.slow
-def test_kth_largest_counts_beyond_32_bits():
-    """More entries than an int32 counts: four leaves that are one 2 GB array."""
-    x = jnp.ones((1, 2**29 + 2**18), jnp.float32).at[0, -5:].set(2.0)
-    four, n = [x] * 4, 4 * x.size
-    assert n > 2**31
-    kth = ft.partial(tree.kth_largest, four, stacked=True)
-    assert [kth(np.int64(k))[0] for k in (20, n)] == [2, 1]
+@pytest.mark.parametrize("shape", [(1, 70_000, 40_000), (1, 2_500_000_000)])
+def test_counts_go_beyond_32_bits(shape):
+    """What every round of kth_largest counts with; fused, so it needs no memory."""
+    count = jax.jit(lambda hit: _count(jnp.broadcast_to(hit, shape)))
+    assert int(count(jnp.array(True))[0]) == np.prod(shape, dtype=np.int64)
