@@ -125,7 +125,22 @@ def convert(
 
 
 def lookup(name: str) -> Callable[..., Any]:
-    """The public method of a dotted name."""
+    """The public method of a dotted name.
+
+    Args:
+      name: as in `names`, for example "merge.ties".
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: there is none; names the nearest.
+
+    Example:
+      >>> lookup("merge.tied")
+      Traceback (most recent call last):
+      ValueError: no method 'merge.tied'; did you mean 'merge.ties'?
+    """
     public = names()
     if name not in public:
         raise ValueError(f"no method {name!r}{_near(str(name), public)}")
@@ -133,13 +148,35 @@ def lookup(name: str) -> Callable[..., Any]:
 
 
 def data(method: Callable[..., Any]) -> str | None:
-    """What a method merges: "models" or "deltas", the name of its first parameter."""
+    """What a method merges: "models" or "deltas", the name of its first parameter.
+
+    Args:
+      method: any function.
+
+    Returns:
+      The name, or None where it is another.
+
+    Example:
+      >>> data(lookup("merge.ties"))
+      'deltas'
+    """
     first = next(iter(inspect.signature(method).parameters), None)
     return first if first in ("models", "deltas") else None
 
 
 def options(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a method, without the key."""
+    """The keyword-only parameters of a method, without the key.
+
+    Args:
+      method: any function.
+
+    Returns:
+      The parameters, by name.
+
+    Example:
+      >>> "t" in options(lookup("merge.slerp"))
+      True
+    """
     parameters = inspect.signature(method).parameters
     return {
         name: p
@@ -149,7 +186,18 @@ def options(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def takes_key(method: Callable[..., Any]) -> bool:
-    """Does a method need a key?"""
+    """Does a method take a key, as random ones do?
+
+    Args:
+      method: any function.
+
+    Returns:
+      Whether `key` is among its parameters.
+
+    Example:
+      >>> takes_key(lookup("merge.dare_linear")), takes_key(lookup("merge.ties"))
+      (True, False)
+    """
     return "key" in inspect.signature(method).parameters
 
 

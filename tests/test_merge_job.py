@@ -103,6 +103,22 @@ def test_a_dry_run_writes_nothing(toy, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_a_dry_run_names_everything_that_does_not_fit(tmp_path):
+    recipe = make(tmp_path / "toy", tensors=4)
+    model = tmp_path / "toy/b/model.safetensors"
+    held = {k: np.asarray(v) for k, v in io.load(model).items()}
+    held["t000"], held["more"] = held["t000"][:-1], held.pop("t002")
+    io.save(model, held)
+    report = merged(recipe, tmp_path / "out", dry_run=True)
+    text = "; ".join(report.problems)
+    for words in ("no tensor 't002'", "no tensor 'more'", "'t000' is (1999,)"):
+        assert words in text
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"t000|t002|more"):
+        merged(recipe, tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_kill_at_twenty_moments_then_resume(toy, tmp_path):
     """SIGKILL anywhere; the resumed result is the same to the bit."""
     merged(toy, tmp_path / "want")

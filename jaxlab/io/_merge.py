@@ -72,7 +72,9 @@ def merge(
         except ValueError as error:
             if not dry_run:
                 raise
-            return Report(out, 0, 0, 0, 0, problems=(str(error),))
+            problems = (str(error), *_misfits(models))
+            read = sum(m.nbytes for m in models.values())
+            return Report(out, 0, read, 0, 0, problems=problems)
         tasks = tuple(_task(step, models) for step in plan.steps)
         settings, memo = Settings(seed, allow_nonfinite), Memo({}, {})
         report = outline(out, tasks, settings, memo)._replace(notes=plan.notes)
@@ -89,6 +91,22 @@ def _read(recipe: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(recipe, Mapping):
         return recipes.convert(recipe)
     return recipes.load(recipe)
+
+
+def _misfits(models: Mapping[str, Checkpoint]) -> list[str]:
+    """Every tensor that is missing, left over or of another shape than in the first."""
+    (name, first), *others = models.items()
+    found = []
+    for other, checkpoint in others:
+        mine, theirs = first.tensors, checkpoint.tensors
+        found += [f"{other} has no tensor {t!r}" for t in mine if t not in theirs]
+        found += [f"{name} has no tensor {t!r}" for t in theirs if t not in mine]
+        found += [
+            f"{t!r} is {theirs[t].shape} in {other}, but {x.shape} in {name}"
+            for t, x in mine.items()
+            if t in theirs and theirs[t].shape != x.shape
+        ]
+    return found
 
 
 def _task(step: Step, models: Mapping[str, Checkpoint]) -> Task:
