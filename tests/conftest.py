@@ -1,7 +1,8 @@
-"""Eight fake CPU devices, strict promotion, and where the optional data lies."""
+"""Eight fake CPU devices, strict promotion, real data, and a short patience."""
 
 import os
 from pathlib import Path
+import signal
 
 # Forced host devices can deadlock on two cores without a larger thread pool; this
 # must be set before jax starts.
@@ -23,3 +24,17 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs real data: set JAXLAB_DATA to its folder")
     return folder
+
+
+@pytest.fixture
+def hurry():
+    """Five seconds of real time: a reader that blocks or thrashes is killed."""
+
+    def late(*_):
+        raise TimeoutError("more than five seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(5)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

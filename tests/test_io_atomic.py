@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 
-from corpus.reading import read_all
+from corpus.reading import listing, version_of
 import numpy as np
 import pytest
 
@@ -22,26 +22,6 @@ from jaxlab.io._atomic import (
     atomic_file,
     atomic_folder,
 )
-
-
-def version_of(path: Path) -> str:
-    """Which version lies there, whole."""
-    if not path.exists() or (path.is_dir() and not os.listdir(path)):
-        return "none"
-    got = read_all(path)
-    assert got.keys() == {"a", "b"}
-    assert (got["a"] == got["a"][0]).all()
-    assert (got["b"] == got["a"][0] + 10).all()
-    return {1.0: "old", 2.0: "new"}[float(got["a"][0])]
-
-
-def listing(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in folder.rglob("*")
-        if p.is_file()
-    }
-
 
 # ---------------------------------------------------------------- calls that fail
 

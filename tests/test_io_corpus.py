@@ -1,7 +1,6 @@
 """The malformed-file corpus: refused, and never laxer than the reference."""
 
 from pathlib import Path
-import signal
 import tempfile
 
 from corpus import Case, index_cases, safetensors_cases, torch_cases
@@ -18,20 +17,6 @@ from jaxlab.io._dtypes import PACKED
 ALL = [*safetensors_cases.CASES, *index_cases.CASES, *torch_cases.CASES]
 REFUSED = [case for case in ALL if case.want == "refuse"]
 ACCEPTED = [case for case in ALL if case.want == "accept"]
-
-
-@pytest.fixture
-def hurry():
-    """Five seconds of real time: a reader that blocks or thrashes is killed."""
-
-    def late(*_):
-        raise TimeoutError("more than five seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(5)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def test_corpus_is_whole():

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 
-from corpus.reading import read_all
+from corpus.reading import version_of
 from crash_states import crash_states
 import numpy as np
 import pytest
@@ -31,25 +31,6 @@ NONE, ALL = "-2", "-1"
 
 def save_command(path: Path, version: int, left_out: str = NONE) -> list[str]:
     return [sys.executable, "-B", "-c", SAVE, str(path), str(version), left_out]
-
-
-def version_of(path: Path) -> str:
-    """Which version lies there, whole."""
-    if not path.exists() or (path.is_dir() and not os.listdir(path)):
-        return "none"
-    got = read_all(path)
-    assert got.keys() == {"a", "b"}
-    assert (got["a"] == got["a"][0]).all()
-    assert (got["b"] == got["a"][0] + 10).all()
-    return {1.0: "old", 2.0: "new"}[float(got["a"][0])]
-
-
-def listing(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in folder.rglob("*")
-        if p.is_file()
-    }
 
 
 # ---------------------------------------------------------------- power loss

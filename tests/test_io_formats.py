@@ -4,7 +4,6 @@ import copy
 import json
 import os
 from pathlib import Path
-import signal
 import subprocess
 import sys
 import tempfile
@@ -35,20 +34,6 @@ REFUSED = [case for case in ALL if case.want == "refuse"]
 ACCEPTED = [case for case in ALL if case.want == "accept"]
 BOMBS = ("bomb_deflate", "shape_huge", "shape_overflow", "shape_huge_npy", "deep")
 BOMBS += ("len_4g", "bin_4g", "map_4g", "shape_wrap", "chunk_bogus", "deep_header")
-
-
-@pytest.fixture
-def hurry():
-    """Five seconds of real time: a reader that blocks or thrashes is killed."""
-
-    def late(*_):
-        raise TimeoutError("more than five seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(5)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def reference(path: Path) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+from corpus.reading import listing
 from crash_states import crash_states
 import numpy as np
 import pytest
@@ -64,10 +65,6 @@ def toy(tmp_path_factory) -> Path:
 
 def command(recipe: Path, out: Path, left_out: str = "none") -> list[str]:
     return [sys.executable, "-B", "-c", RUN, str(recipe), str(out), left_out]
-
-
-def listing(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 def merged(recipe: Path, out: Path, **more):
