@@ -121,3 +121,10 @@ def test_tests_are_enough():
     lines = lambda files: sum(f.read_text().count("\n") for f in files)
     tests = lines((ROOT / "tests").rglob("*.py"))
     assert tests >= 0.6 * lines(SOURCE)
+
+
+def test_the_readme_names_every_method():
+    text = (ROOT / "README.md").read_text()
+    for name in METHODS:
+        family, short = name.split(".")
+        assert family != "merge" or f"| `{short}` |" in text, name

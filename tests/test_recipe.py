@@ -1,6 +1,7 @@
 """Names, our own recipe form, and conversion to and from mergekit's."""
 
 import functools as ft
+from pathlib import Path
 
 from corpus import tiny_models
 from corpus.mergekit_recipes import RECIPES
@@ -375,3 +376,11 @@ def _yaml_value(text):
     from jaxlab.io import _node
 
     return _node.plain(_yaml.parse(text))
+
+
+@pytest.mark.parametrize("name", ["ties", "nested"])
+def test_the_examples_are_recipes(name):
+    """Those of experiments/recipes, as a newcomer would copy them."""
+    path = Path(__file__).parents[1] / "experiments" / "recipes" / f"{name}.yaml"
+    spec = recipe.load(path)
+    assert _plan.references(spec)[0] == "models/base"

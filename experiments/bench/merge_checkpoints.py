@@ -36,6 +36,7 @@ import tyro
 import yaml
 
 from jaxlab import io
+from jaxlab.io._header import Entry, header_bytes
 
 RESULTS = Path(__file__).parents[1] / "results" / "merge_checkpoints.jsonl"
 DTYPE = np.dtype(ml_dtypes.bfloat16)
@@ -55,13 +56,16 @@ class Config:
     )  # fmt: skip
     repeats: int = 3
     layers: int = 14
+    big: bool = False
+    """instead: ties of two 7B-sized models, whose files are mostly holes"""
     smoke: bool = False
     """two tiny models, one run, nothing recorded"""
 
 
-def shapes(layers: int, wide: int = 1024) -> dict[str, tuple[int, ...]]:
+def shapes(
+    layers: int, wide: int, inner: int, vocabulary: int
+) -> dict[str, tuple[int, ...]]:
     """A Llama's tensors."""
-    inner, vocabulary = wide * 11 // 4, 32000 * wide // 1024
     out = {"model.embed_tokens.weight": (vocabulary, wide)}
     for i in range(layers):
         prefix = f"model.layers.{i}"
@@ -78,12 +82,13 @@ def make(folder: Path, models: int, layers: int, wide: int) -> None:
     names = ["base", *(f"m{i}" for i in range(models))]
     if all((folder / name / "config.json").exists() for name in names):
         return  # from the last time
+    inner, vocabulary = wide * 11 // 4, 32000 * wide // 1024
     base: dict[str, np.ndarray] = {}
     for name in names:
         target = folder / name
         rng = np.random.default_rng([ord(c) for c in name])
         tensors = {}
-        for key, shape in shapes(layers, wide).items():
+        for key, shape in shapes(layers, wide, inner, vocabulary).items():
             draw = rng.standard_normal(shape, np.float32)
             start = base.get(key)
             x = draw * 0.02 if start is None else start.astype("f4") + draw * 0.002
@@ -93,14 +98,35 @@ def make(folder: Path, models: int, layers: int, wide: int) -> None:
         io.save(target / "model.safetensors", tensors, metadata={"format": "pt"})
         config = {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-            "hidden_size": wide, "intermediate_size": wide * 11 // 4,
+            "hidden_size": wide, "intermediate_size": inner,
             "num_hidden_layers": layers, "num_attention_heads": 16,
-            "num_key_value_heads": 16, "vocab_size": 32000 * wide // 1024,
+            "num_key_value_heads": 16, "vocab_size": vocabulary,
             "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
             "tie_word_embeddings": False, "torch_dtype": "bfloat16",
             "bos_token_id": 1, "eos_token_id": 2,
         }  # fmt: skip
         (target / "config.json").write_text(json.dumps(config))
+
+
+def make_big(folder: Path) -> None:
+    """Writes 7B-sized models as sparse files: the start of each tensor is random."""
+    tensors = shapes(32, 4096, 11008, 32000)
+    entries = [Entry(name, DTYPE, shape) for name, shape in tensors.items()]
+    header = header_bytes(entries, {"format": "pt"})
+    rng = np.random.default_rng(0)
+    for name in ("base", "m0", "m1"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        with (folder / name / "model.safetensors").open("wb") as file:
+            file.write(header)
+            at = len(header)
+            for entry in entries:
+                file.seek(at)
+                count = min(entry.nbytes // 2, 2**18)
+                file.write((rng.standard_normal(count) * 0.02).astype(DTYPE).tobytes())
+                at += entry.nbytes
+            file.truncate(at)
+        config = {"model_type": "llama", "num_hidden_layers": 32, "vocab_size": 32000}
+        (folder / name / "config.json").write_text(json.dumps(config))
 
 
 def recipe(folder: Path, method: str, k: int) -> dict:
@@ -173,9 +199,15 @@ def floor(inputs: Sequence[Path], size: int, scratch: Path) -> tuple[float, int]
     return seconds, sum(p.stat().st_size for p in inputs) + size
 
 
+def place(config: Config) -> Path:
+    """Where the checkpoints of a run lie."""
+    size = "smoke" if config.smoke else "big" if config.big else "llama"
+    return config.folder / size
+
+
 def case(config: Config, method: str, k: int, bare: dict[str, float]) -> dict:
     """One row: medians of paired runs, and their ratios."""
-    folder = config.folder / ("smoke" if config.smoke else "llama")
+    folder = place(config)
     spec, out = folder / f"{method}_{k}.yaml", folder / "out"
     spec.write_text(yaml.safe_dump(recipe(folder, method, k)))
     names = [f"m{i}" for i in range(k)] + ["base"] * (method not in ("linear", "slerp"))
@@ -188,7 +220,7 @@ def case(config: Config, method: str, k: int, bare: dict[str, float]) -> dict:
         commands["mergekit"] = [*peer, "--quiet", "--no-copy-tokenizer"]
     seconds, moved = floor(inputs, inputs[0].stat().st_size, folder / "scratch")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
-    for _ in range(1 if config.smoke else config.repeats):
+    for _ in range(1 if config.smoke or config.big else config.repeats):
         for name in reversed(commands):
             shutil.rmtree(out, ignore_errors=True)
             runs[name].append(measure(commands[name]))
@@ -211,10 +243,13 @@ def case(config: Config, method: str, k: int, bare: dict[str, float]) -> dict:
 
 def run(config: Config) -> list[dict]:
     """Makes the checkpoints, measures every case, prints and records the table."""
-    cases = [c.split(":") for c in (("ties:2",) if config.smoke else config.cases)]
-    folder = config.folder / ("smoke" if config.smoke else "llama")
-    layers, wide = (2, 64) if config.smoke else (config.layers, 1024)
-    make(folder, max(int(k) for _, k in cases), layers, wide)
+    few = config.smoke or config.big
+    cases = [c.split(":") for c in (("ties:2",) if few else config.cases)]
+    if config.big:
+        make_big(place(config))
+    else:
+        layers, wide = (2, 64) if config.smoke else (config.layers, 1024)
+        make(place(config), max(int(k) for _, k in cases), layers, wide)
     code = "import jax, jaxlab.io, jaxlab.merge; jax.numpy.ones(1).block_until_ready()"
     bare = measure([sys.executable, "-c", code])
     rows = [
