@@ -8,6 +8,7 @@ from collections.abc import Callable
 import functools as ft
 import inspect as signatures
 from pathlib import Path
+import resource
 import traceback
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,9 @@ Model = Annotated[str, typer.Argument(help="A checkpoint of any format, or org/n
 
 def main() -> None:
     """Runs the command line."""
+    # Eight models of 160 files each are more than the usual 1,024 open files.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     app()
 
 

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -287,3 +288,111 @@ def test_no_crash_leaves_half_a_merge(tmp_path):
     root.mkdir()
     report = crash_states(root, command(recipe, root / "out", "all"), check)
     assert report.broken > 0
+
+
+def edit(**changes):
+    """A change of the recipe."""
+    return lambda folder, spec: spec | changes
+
+
+def options(**changes):
+    """A change of the first model's parameters."""
+
+    def change(folder, spec):
+        first = spec["models"][0]
+        first["parameters"] = first["parameters"] | changes
+        return spec
+
+    return change
+
+
+def rewrite(name, how):
+    """A change of one of the input files."""
+
+    def change(folder, spec):
+        path = folder / name / "model.safetensors"
+        how(path)
+        return spec
+
+    return change
+
+
+def without(path: Path) -> None:
+    held = io.load(path)
+    io.save(path, {k: np.asarray(held[k]) for k in list(held)[1:]})
+
+
+def narrower(path: Path) -> None:
+    held = {k: np.asarray(v) for k, v in io.load(path).items()}
+    io.save(path, held | {"t001": held["t001"][:-1]})
+
+
+def poisoned(path: Path) -> None:
+    held = {k: np.array(v) for k, v in io.load(path).items()}
+    held["t002"][7] = np.nan
+    io.save(path, held)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def pickled(path: Path) -> None:
+    path.rename(path.with_name("pytorch_model.bin"))
+
+
+def outside(path: Path) -> None:
+    target = path.parents[2] / "elsewhere.safetensors"
+    path.rename(target)
+    path.symlink_to(target)
+
+
+def cancelling(folder, spec):
+    mean = {"merge_method": "task_arithmetic", "parameters": {"normalize": True}}
+    return options(weight=-0.5)(folder, spec | mean)
+
+
+BAD = {
+    "unknown method": (edit(merge_method="tiess"), "tiess.*did you mean.*ties"),
+    "unknown key": (edit(dtyp="float32"), "dtyp.*dtype"),
+    "unknown option": (options(densty=0.5), "densty.*density"),
+    "two layouts": (edit(slices=[]), "models.*slices|exactly one"),
+    "no base": (edit(base_model=None), "base"),
+    "density 0": (options(density=0), "density"),
+    "density negative": (options(density=-0.5), "density"),
+    "density nan": (options(density=float("nan")), "density|nan"),
+    "weight text": (options(weight="heavy"), "weight"),
+    "weights cancel": (cancelling, "weight"),
+    "no such model": (edit(base_model="nowhere"), "nowhere"),
+    "lora": (edit(base_model="base+adapter"), r"\+|LoRA|adapter"),
+    "bad dtype": (edit(dtype="float31"), "dtype.*float32"),
+    "missing tensor": (rewrite("b", without), "t000"),
+    "shape": (rewrite("b", narrower), "t001"),
+    "nan": (rewrite("b", poisoned), r"b.*t002.*\(7,\)"),
+    "truncated": (rewrite("b", cut), "b.*model.safetensors"),
+    "pickle": (rewrite("b", pickled), "pickle"),
+    "link out": (rewrite("b", outside), "model.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_error_and_leaves_the_output_as_it_was(name, tmp_path):
+    from typer.testing import CliRunner
+
+    from jaxlab import cli
+
+    change, match = BAD[name]
+    recipe = make(tmp_path / "toy", tensors=4)
+    spec = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump(change(tmp_path / "toy", spec)))
+    (tmp_path / "out").mkdir()
+    before = listing(tmp_path)
+    result = CliRunner().invoke(cli.app, ["merge", str(recipe), str(tmp_path / "out")])
+    assert result.exit_code == 1, result.output
+    said = " ".join(result.stderr.split())
+    assert re.search(match, said), said
+    assert "Traceback" not in said
+    assert "fault of jaxlab" not in said
+    assert listing(tmp_path) == before
+    assert not os.listdir(tmp_path / "out")
+    assert not list(tmp_path.glob(".out*"))
