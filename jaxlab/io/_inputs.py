@@ -49,8 +49,13 @@ def inputs(
 
 
 def _cast(tensor: Tensor, dtype: np.dtype) -> Tensor:
-    """A tensor in another dtype, cast as it is read."""
-    if tensor.dtype == dtype:
+    """A tensor in another dtype, cast as it is read.
+
+    Narrow floats stay as they are where float32 is asked for: every merge widens them
+    to that, faster than it is done here.
+    """
+    widens = dtype == np.float32 and np.can_cast(tensor.dtype, dtype)
+    if tensor.dtype == dtype or widens:
         return tensor
     make = lambda low, high: _flat(tensor, low, high).astype(dtype)
     return _made(tensor.name, tensor.shape, dtype, tensor.file, make)
