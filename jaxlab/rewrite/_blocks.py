@@ -12,12 +12,11 @@ import numpy as np
 from ._program import Op, Program
 from ._rules import Split
 from ._split import Splits
-from ._threefry import bits_slice
+from ._threefry import bits_slice, cpu_options
 
 _LENGTHS = {
     "broadcast_in_dim": "shape",
     "iota": "shape",
-    "random_bits": "shape",
     "reshape": "new_sizes",
     "slice": "limit_indices",
 }
@@ -46,7 +45,6 @@ class Line(NamedTuple):
 
     op: Op
     params: dict[str, Any]
-    full: tuple[int, ...] | None  # of random bits: the shape that they are a slice of
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
@@ -64,12 +62,29 @@ class BlockCode:
     results: tuple[int, ...] = field(compare=False)
 
 
+class Draw(NamedTuple):
+    """Random bits that a block needs. They are drawn before it and passed to it.
+
+    XLA would otherwise fuse the hash into every use of a bit, and hash many times over.
+    """
+
+    key: int  # the value of the program that is the key
+    shape: tuple[int, ...]  # of all the bits
+    cut: Split
+
+    def bits(self, key: Any, row: int, rows: int) -> Array:
+        """Those of a block of rows."""
+        start, size = row * self.cut.per_row, rows * self.cut.per_row
+        return bits_slice(key, self.shape, self.cut.axis, start, size)
+
+
 class Block(NamedTuple):
     """`run(offset, known, blocks) -> results`, and what to call it with."""
 
     run: Callable[..., list[Array]]
     known: tuple[int, ...]  # the program's values to pass as `known`
     blocks: tuple[int, ...]  # the inputs to pass a block of
+    draws: tuple[Draw, ...]  # what to draw, and pass after those
 
 
 def block(
@@ -83,9 +98,14 @@ def block(
 
     `anchor` is the input whose block says how many rows there are.
     """
-    needed = _needed(program, targets, ready)
+    made = {
+        op.outputs[0]: Draw(op.inputs[0], tuple(params["shape"]), cut)
+        for op, params in zip(program.ops, program.params, strict=True)
+        if op.name == "random_bits" and (cut := splits.splits.get(op.outputs[0]))
+    }
+    needed = _needed(program, targets, ready | made.keys())
     number: dict[int, int] = {}
-    known, blocks, fixed, lines, text = [], [], {}, [], []
+    known, blocks, drawn, fixed, lines, text = [], [], [], {}, [], []
 
     def read(value: int) -> int:
         if value in number:
@@ -94,6 +114,9 @@ def block(
         if value in program.consts and _embeds(program, value):
             fixed[number[value]] = program.consts[value]
             text.append(f"{number[value]}={program.consts[value]!r}")
+        elif value in made:
+            drawn.append(value)
+            text.append(f"{number[value]}:drawn{program.avals[value].dtype}")
         elif value in program.inputs and value in splits.splits:
             blocks.append(value)
             text.append(f"{number[value]}:block{splits.splits[value][1:]}")
@@ -107,9 +130,9 @@ def block(
     for op, params in needed:
         inputs = tuple(read(i) for i in op.inputs)
         outputs = tuple(number.setdefault(o, len(number)) for o in op.outputs)
-        local, full = _localise(op, params, splits.splits.get(op.outputs[0]))
-        lines.append(Line(op, local, full, inputs, outputs))
-        text.append(f"{outputs}={op.name}{inputs}{local}{full}")
+        local = _localise(op, params, splits.splits.get(op.outputs[0]))
+        lines.append(Line(op, local, inputs, outputs))
+        text.append(f"{outputs}={op.name}{inputs}{local}")
     results = tuple(read(t) for t in targets)
     first = splits.splits[blocks[0]] if blocks else None
     code = BlockCode(
@@ -117,18 +140,18 @@ def block(
         tuple(lines),
         fixed,
         tuple(number[v] for v in known),
-        tuple(number[v] for v in blocks),
+        tuple(number[v] for v in (*blocks, *drawn)),
         (first.axis, first.per_row) if first else None,
         results,
     )
-    return Block(_compile(code), tuple(known), tuple(blocks))
+    draws = tuple(made[v] for v in drawn)
+    return Block(_compile(code), tuple(known), tuple(blocks), draws)
 
 
 @ft.lru_cache(maxsize=512)
 def _compile(code: BlockCode) -> Callable[..., list[Array]]:
     """Compiles a block's function; one executable serves every leaf with this text."""
-    wide = {"xla_cpu_prefer_vector_width": 512}  # hashes the random bits 1.7x as fast
-    options = wide if jax.default_backend() == "cpu" else None
+    options = cpu_options(jax.default_backend() == "cpu")
 
     @ft.partial(jax.jit, compiler_options=options)
     def run(offset: Array, known: list[Array], blocks: list[Array]) -> list[Array]:
@@ -157,10 +180,6 @@ def _evaluate(line: Line, args: list[Any], offset: Array, size: int) -> list[Any
     }
     cut = line.params.get(_LENGTHS.get(line.op.name, ""), ())
     axis = next((i for i, v in enumerate(cut) if isinstance(v, Rows)), None)
-    if line.op.name == "random_bits" and axis is not None:
-        assert line.full is not None
-        start = offset * np.uint64(cut[axis].per_row)
-        return [bits_slice(args[0], line.full, axis, start, params["shape"][axis])]
     over_models = line.op.name in _UNROLLED and params["axes"] == (0,)
     if over_models and args[0].ndim > 1 and len(args[0]) <= _MODELS:
         return [ft.reduce(_UNROLLED[line.op.name], list(args[0]))]
@@ -196,13 +215,13 @@ def _embeds(program: Program, value: int) -> bool:
     )
 
 
-def _localise(
-    op: Op, params: dict[str, Any], cut: Split | None
-) -> tuple[dict[str, Any], tuple[int, ...] | None]:
+def _localise(op: Op, params: dict[str, Any], cut: Split | None) -> dict[str, Any]:
     """Puts `Rows` where the parameters name a length that is the block's."""
     key = _LENGTHS.get(op.name)
     if cut is None or key is None:
-        return params, None
+        return params
     full = tuple(params[key])
-    local = (*full[: cut.axis], Rows(cut.per_row), *full[cut.axis + 1 :])
-    return {**params, key: local}, full if op.name == "random_bits" else None
+    return {
+        **params,
+        key: (*full[: cut.axis], Rows(cut.per_row), *full[cut.axis + 1 :]),
+    }

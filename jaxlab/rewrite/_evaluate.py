@@ -79,9 +79,14 @@ def _run(
     first = _first(plan, group)
     place = [plan.program.inputs.index(v) - first for v in code.blocks]
     values = [known[v] for v in code.known]
+    keys = [_small(plan, draw.key, known) for draw in code.draws]
+    cut = plan.leaves[group].axes[0]
     for row, arrays in blocks(group, sample):
-        inputs = [arrays[i] for i in place]
+        rows = arrays[0].shape[cut]
+        pairs = zip(code.draws, keys, strict=True)
         with jax.enable_x64(True):  # not across the yield
+            bits = [draw.bits(key, row, rows) for draw, key in pairs]
+            inputs = [*(arrays[i] for i in place), *bits]
             out = code.run(np.uint64(row), values, inputs)
         yield row, out
 
@@ -182,7 +187,7 @@ def _searches(
         for v in s.op.inputs[1:]:
             shape = plan.program.avals[v].shape
             total[s.value] += int(np.prod(shape[1:], dtype=np.int64))
-        ranks = _ranks(plan, s, frozenset(known), known)
+        ranks = np.asarray(_small(plan, s.op.inputs[0], known)).reshape(-1)
         dtype = plan.program.avals[s.value].dtype
         room = ROOM // max(1, len(ranks) * len(kth))
         out[s.value] = [Search(int(r), dtype, room) for r in ranks]
@@ -209,11 +214,11 @@ def _searches(
     return out
 
 
-def _ranks(
-    plan: Passes, stat: Stat, ready: frozenset[int], known: dict[int, Any]
-) -> np.ndarray:
-    """The ranks of a search, which are known before its pass."""
-    code = block(plan.program, plan.splits, [stat.op.inputs[0]], ready)
+def _small(plan: Passes, value: int, known: dict[int, Any]) -> Any:
+    """A value of the program that no block is needed for."""
+    if value in known:
+        return known[value]
+    code = block(plan.program, plan.splits, [value], frozenset(known))
     with jax.enable_x64(True):
-        (ranks,) = code.run(np.uint64(0), [known[v] for v in code.known], [])
-    return np.asarray(ranks).reshape(-1)
+        (out,) = code.run(np.uint64(0), [known[v] for v in code.known], [])
+    return out

@@ -4,6 +4,9 @@
 any range of entries can be made alone, on any device, in any order.
 """
 
+import functools as ft
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, UInt32
@@ -14,7 +17,7 @@ _PARITY = np.uint32(0x1BD11BDA)
 
 
 def bits_slice(
-    key: PRNGKeyArray, shape: tuple[int, ...], axis: int, start: Array, size: int
+    key: PRNGKeyArray, shape: tuple[int, ...], axis: int, start: int, size: int
 ) -> UInt32[Array, "..."]:
     """`jax.random.bits(key, shape)[start : start + size]` along `axis`.
 
@@ -23,16 +26,37 @@ def bits_slice(
     1, 2, 3", section 4.2).
     """
     inner = int(np.prod(shape[axis + 1 :], dtype=np.int64))
-    local = (*shape[:axis], size, *shape[axis + 1 :])
     outer = np.arange(int(np.prod(shape[:axis], dtype=np.int64)), dtype=np.uint64)
-    with jax.enable_x64(True):
-        first = jnp.asarray(outer * np.uint64(shape[axis] * inner))
-        first = first + start.astype(jnp.uint64) * np.uint64(inner)
-        high, low = (
-            (first >> np.uint64(32)).astype(jnp.uint32),
-            first.astype(jnp.uint32),
-        )
-    within = jax.lax.broadcasted_iota(jnp.uint32, (outer.size, size * inner), 1)
+    first = (outer * np.uint64(shape[axis]) + np.uint64(start)) * np.uint64(inner)
+    high, low = (first >> np.uint64(32)).astype(np.uint32), first.astype(np.uint32)
+    local = (*shape[:axis], size, *shape[axis + 1 :])
+    return _draw(jax.default_backend() == "cpu")(key, high, low, local)
+
+
+def cpu_options(on_cpu: bool) -> dict[str, Any] | None:
+    """Compiler options for a block's function on a CPU.
+
+    Vectors as wide as they come hash 1.7 times as fast. Up to jax 0.10 there are two
+    loop emitters, and the older keeps long fusions vectorised where the newer gives up:
+    0.5 ms instead of 10 for a block of three models in DARE-TIES.
+    """
+    options: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512}
+    if jax.__version_info__ < (0, 11):
+        options["xla_cpu_use_fusion_emitters"] = False
+    return options if on_cpu else None
+
+
+@ft.cache
+def _draw(on_cpu: bool) -> Any:
+    """Compiles once for every local shape; where the slice begins is an argument."""
+    return jax.jit(_bits, static_argnums=3, compiler_options=cpu_options(on_cpu))
+
+
+def _bits(
+    key: PRNGKeyArray, high: Array, low: Array, local: tuple[int, ...]
+) -> UInt32[Array, "..."]:
+    count = int(np.prod(local, dtype=np.int64)) // len(high)
+    within = jax.lax.broadcasted_iota(jnp.uint32, (len(high), count), 1)
     lo = low[:, None] + within
     hi = high[:, None] + (lo < low[:, None]).astype(jnp.uint32)
     data = jax.random.key_data(key)
