@@ -204,6 +204,7 @@ def is_float(dtype: np.dtype) -> bool:
 
 
 def entries(tasks: Sequence[Task]) -> tuple[Entry, ...]:
+    """The tensors that tasks make, as a file lists them."""
     return tuple(Entry(t.name, t.dtype, t.shape) for t in tasks)
 
 
@@ -222,6 +223,7 @@ def fingerprints(models: Mapping[str, Checkpoint]) -> dict[str, str]:
 
 
 def outline(out: Path, tasks: Sequence[Task], settings: Settings, memo: Memo) -> Report:
+    """What a run will do, before it does."""
     held = entries(tasks)
     return Report(
         out,
