@@ -76,7 +76,7 @@ def merge(
             read = sum(m.nbytes for m in models.values())
             return Report(out, 0, read, 0, 0, problems=problems)
         tasks = tuple(_task(step, models) for step in plan.steps)
-        settings, memo = Settings(seed, allow_nonfinite), Memo({}, {})
+        settings, memo = Settings(seed, allow_nonfinite), Memo({})
         report = outline(out, tasks, settings, memo)._replace(notes=plan.notes)
         if dry_run:
             return report

@@ -97,7 +97,7 @@ def stream(
             {str(c.path): c for c in (*opened, *([origin] if origin else []))}
         )
         facts = {"method": _named(method), "seed": seed, "inputs": inputs}
-        settings, memo = Settings(seed, allow_nonfinite), Memo({}, {})
+        settings, memo = Settings(seed, allow_nonfinite), Memo({})
         report = outline(Path(out), tasks, settings, memo)
         job = Job(Path(out), entries(tasks), facts, {}, shard_size)
         written = execute(job, tasks, settings, memo, resume, progress)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .. import rewrite
+from .. import rewrite, tree
 from ._errors import refuse
 from ._feed import KEEP, Feed, Group, Settings, feed, rows_per_block
 from ._joint import Joint
+from ._names import to_path
 from ._task import Task, fingerprint, group_leaf, is_double, leaf_function
 
 SEARCH = 2**24  # values that a search for a threshold keeps, at most
@@ -59,10 +60,9 @@ def peak_memory(tasks: Sequence[Task], settings: Settings, memo: "Memo") -> int:
 
 
 class Memo(NamedTuple):
-    """What earlier tensors taught about later ones."""
+    """How tensors are cut, learnt once from the first of those that are alike."""
 
-    kinds: dict[Any, str]  # by fingerprint without the name
-    plans: dict[Any, rewrite.Passes | None]
+    kinds: dict[Any, tuple[str, str, rewrite.Passes | None]]  # name, kind, passes
 
 
 def _alone(
@@ -83,31 +83,22 @@ def _alone(
 def _planned(
     task: Task, settings: Settings, memo: Memo
 ) -> tuple[str, rewrite.Passes | None]:
-    """How a task is cut, traced once for all tasks that are alike."""
-    key = fingerprint(task)
-    if key not in memo.plans:
-        kind, plan = _plan(task, settings, memo.kinds.get(key[1:]))
-        memo.kinds[key[1:]], memo.plans[key] = kind, plan
-    return memo.kinds[key[1:]], memo.plans[key]
-
-
-def _plan(
-    task: Task, settings: Settings, kind: str | None
-) -> tuple[str, rewrite.Passes | None]:
     """How a task can be cut: "flat", by "rows", or not at all ("whole")."""
-    with jax.enable_x64(is_double(task)):
-        return _cut(task, settings, kind)
+    key = fingerprint(task)
+    if key not in memo.kinds:
+        with jax.enable_x64(is_double(task)):
+            memo.kinds[key] = (task.name, *_cut(task, settings))
+    name, kind, plan = memo.kinds[key]
+    if plan is not None and name != task.name:  # its random bits alone are others
+        old, new = (tree.path_number(to_path(n)) for n in (name, task.name))
+        plan = rewrite.refolded(plan, old, new)
+    return kind, plan
 
 
-def _cut(
-    task: Task, settings: Settings, kind: str | None
-) -> tuple[str, rewrite.Passes | None]:
+def _cut(task: Task, settings: Settings) -> tuple[str, rewrite.Passes | None]:
     fn = lambda arrays: [leaf_function(task, settings)(*arrays)]
     leaf = group_leaf(task.group)
-    if kind == "flat":  # as an earlier tensor of this shape, but for the random bits
-        long = rewrite.lengthened(leaf)
-        return kind, rewrite.passes(lambda x: [y.reshape(-1) for y in fn(x)], [long])
-    if kind is None and (plan := rewrite.flat(fn, [leaf])) is not None:
+    if (plan := rewrite.flat(fn, [leaf])) is not None:
         return "flat", plan
     try:
         return "rows", rewrite.passes(fn, [leaf])

@@ -65,11 +65,9 @@ def leaf_function(task: Task, settings: Settings) -> Callable[..., jax.Array]:
 
 
 def fingerprint(task: Task) -> tuple[Any, ...]:
-    """Tasks with one fingerprint share their passes."""
-    method = task.method
-    assert method is not None
-    name = task.name if is_random(method) else ""
-    return (name, *bound(method), task.group.avals(), task.dtype)
+    """Tasks with one fingerprint are alike but for their names."""
+    assert task.method is not None
+    return (*bound(task.method), task.group.avals(), task.dtype)
 
 
 def bound(method: Callable[..., Any]) -> tuple[Any, ...]:

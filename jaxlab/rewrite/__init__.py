@@ -8,5 +8,6 @@ from ._passes import (
     leafwise as leafwise,
     lengthened as lengthened,
     passes as passes,
+    refolded as refolded,
 )
 from ._rules import Refused as Refused

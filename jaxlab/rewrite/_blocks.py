@@ -98,11 +98,7 @@ def block(
 
     `anchor` is the input whose block says how many rows there are.
     """
-    made = {
-        op.outputs[0]: Draw(op.inputs[0], tuple(params["shape"]), cut)
-        for op, params in zip(program.ops, program.params, strict=True)
-        if op.name == "random_bits" and (cut := splits.splits.get(op.outputs[0]))
-    }
+    made = _draws(program, splits)
     needed = _needed(program, targets, ready | made.keys())
     number: dict[int, int] = {}
     known, blocks, drawn, fixed, lines, text = [], [], [], {}, [], []
@@ -134,18 +130,23 @@ def block(
         lines.append(Line(op, local, inputs, outputs))
         text.append(f"{outputs}={op.name}{inputs}{local}")
     results = tuple(read(t) for t in targets)
-    first = splits.splits[blocks[0]] if blocks else None
+    numbers = lambda values: tuple(number[v] for v in values)
+    first = splits.splits[blocks[0]][1:] if blocks else None
     code = BlockCode(
-        "\n".join([*text, str(results)]),
-        tuple(lines),
-        fixed,
-        tuple(number[v] for v in known),
-        tuple(number[v] for v in (*blocks, *drawn)),
-        (first.axis, first.per_row) if first else None,
-        results,
-    )
+        "\n".join([*text, str(results)]), tuple(lines), fixed, numbers(known),
+        numbers([*blocks, *drawn]), first, results,
+    )  # fmt: skip
     draws = tuple(made[v] for v in drawn)
     return Block(_compile(code), tuple(known), tuple(blocks), draws)
+
+
+def _draws(program: Program, splits: Splits) -> dict[int, Draw]:
+    """The random bits of a program that are cut by rows."""
+    return {
+        op.outputs[0]: Draw(op.inputs[0], tuple(params["shape"]), cut)
+        for op, params in zip(program.ops, program.params, strict=True)
+        if op.name == "random_bits" and (cut := splits.splits.get(op.outputs[0]))
+    }
 
 
 @ft.lru_cache(maxsize=512)

@@ -125,6 +125,27 @@ def flat(fn: Callable[..., Sequence[Any]], leaves: Sequence[Leaf]) -> Passes | N
     return plan if same else None
 
 
+def refolded(plan: Passes, old: int, new: int) -> Passes:
+    """The same passes with another number folded into keys, as for another path.
+
+    Args:
+      plan: of one leaf, traced with `tree.keys_like`.
+      old: `tree.path_number` of that leaf's path.
+      new: that of the path wanted.
+
+    Returns:
+      What tracing the function for the other path would give, without tracing it.
+    """
+    folds = {
+        op.inputs[1]
+        for op in plan.program.ops
+        if op.name == "random_fold_in" and op.inputs[1] in plan.program.consts
+    }
+    consts = plan.program.consts
+    changed = {v: np.uint32(new) for v in folds if int(consts[v]) == old}
+    return plan._replace(program=plan.program._replace(consts={**consts, **changed}))
+
+
 def leafwise(fn: Callable[[Any], Any], tree: Any) -> bool:
     """Does every output leaf depend on the input leaf of its own path alone?
 

@@ -12,12 +12,12 @@ from ._algebra import (
     subtract as subtract,
     widen as widen,
 )
+from ._keys import keys_like as keys_like, path_number as path_number
 from ._order import count as count, kth_largest as kth_largest
 from ._paths import (
     check_like as check_like,
     combine as combine,
     glob as glob,
-    keys_like as keys_like,
     partition as partition,
     path_map as path_map,
     paths as paths,

@@ -4,11 +4,9 @@ from collections.abc import Callable, Sequence
 import fnmatch
 import re
 from typing import Any
-import zlib
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
 import numpy as np
 
 from ..types import Params, Stacked, Where
@@ -154,27 +152,6 @@ def check_like(tree: Params, ref: Params, *, name: str = "tree") -> None:
             f"{name} has the paths but not the containers of the other tree: "
             f"{jax.tree.structure(tree)} against {jax.tree.structure(ref)}"
         )
-
-
-def keys_like(key: PRNGKeyArray, tree: Params) -> Params:
-    """One key per leaf, folded from its path: a new leaf disturbs no other draw.
-
-    Args:
-      key: consumed.
-      tree: the tree to make keys for.
-
-    Returns:
-      A tree of keys.
-
-    Example:
-      >>> one = keys_like(jax.random.key(0), {"w": 0})
-      >>> two = keys_like(jax.random.key(0), {"a": 0, "w": 0})
-      >>> bool(one["w"] == two["w"])
-      True
-    """
-    return path_map(
-        lambda path, _: jax.random.fold_in(key, zlib.crc32(path.encode())), tree
-    )
 
 
 def partition(tree: Params, where: Where) -> tuple[Params, Params]:
