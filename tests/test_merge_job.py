@@ -275,7 +275,8 @@ def test_no_crash_leaves_half_a_merge(tmp_path):
         out = state / "out"
         if not out.exists():
             return "old"
-        assert listing(out) == want
+        if listing(out) != want:  # no assert: its diff of the bytes takes minutes
+            raise ValueError("half a merge")
         return "new"
 
     root = tmp_path / "root"
