@@ -128,7 +128,11 @@ def test_kill_at_twenty_moments_then_resume(toy, tmp_path):
         with subprocess.Popen(command(toy, out), stdout=subprocess.PIPE) as child:
             assert child.stdout is not None
             child.stdout.readline()  # imports are done
-            time.sleep(chance.uniform(0, 2))
+            wanted, patience = chance.randrange(7), time.time() + chance.uniform(0, 3)
+            while child.poll() is None and time.time() < patience:
+                if len(list(staging.glob("*.safetensors"))) > wanted:
+                    break
+            time.sleep(chance.uniform(0, 0.02))
             kills += child.poll() is None
             child.kill()
         assert not out.exists() or listing(out) == want
