@@ -15,8 +15,6 @@ from ._joint import Joint
 from ._names import to_path
 from ._task import Task, fingerprint, group_leaf, is_double, leaf_function
 
-SEARCH = 2**24  # values that a search for a threshold keeps, at most
-
 
 def stream(
     todo: Sequence[Task], tasks: Sequence[Task], settings: Settings, memo: "Memo"
@@ -54,7 +52,7 @@ def peak_memory(tasks: Sequence[Task], settings: Settings, memo: "Memo") -> int:
         inner = 1 if kind == "flat" else math.prod(shape[1:])
         rows = size if kind == "whole" else rows_per_block(group, inner) * inner
         block = min(size, max(rows, inner))
-        kept = min(size * width, KEEP) + min(4 * size * entries, 4 * SEARCH)
+        kept = min(size * width, KEEP) + min(4 * size * entries, 4 * rewrite.ROOM)
         most = max(most, block * (3 * width + 8 * (entries + 1)) + kept)
     return most
 

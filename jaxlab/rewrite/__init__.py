@@ -1,6 +1,6 @@
 """Program transforms of pure functions, from their jaxprs."""
 
-from ._evaluate import results as results, statistics as statistics
+from ._evaluate import ROOM as ROOM, results as results, statistics as statistics
 from ._passes import (
     Leaf as Leaf,
     Passes as Passes,
