@@ -1,0 +1,10 @@
+"""Labelled images by name: embedded, from a local folder, or through TFDS."""
+
+from ._corrupt import CORRUPTIONS as CORRUPTIONS, corrupt as corrupt
+from ._load import (
+    Dataset as Dataset,
+    Split as Split,
+    available as available,
+    load as load,
+    names as names,
+)
