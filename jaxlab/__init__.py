@@ -7,11 +7,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import io, kernels, merge, recipe, rewrite, tree, types
+    from . import align, data, experiment, io, kernels, measure, merge, nn, recipe, rewrite, tree, types
 
 __version__ = "0.1.0"
 
-__all__ = ["io", "kernels", "merge", "recipe", "rewrite", "tree", "types"]
+__all__ = [
+    "align",
+    "data",
+    "experiment",
+    "io",
+    "kernels",
+    "measure",
+    "merge",
+    "nn",
+    "recipe",
+    "rewrite",
+    "tree",
+    "types",
+]
 
 
 def __getattr__(name: str) -> Any:

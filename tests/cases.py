@@ -90,3 +90,7 @@ MERGE = {
     "elect": STEP(merge.elect, W, keeps_dtype=False),
     "fuse": Case(merge.fuse, W | SCALE),
 }
+
+BEYOND: dict[str, str] = {
+    # name -> the tests of a public function that is no merge of stacked trees alone
+}

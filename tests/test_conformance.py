@@ -1,8 +1,9 @@
 """Every merge method, every promise: one parametrised suite."""
 
 import functools as ft
+from pathlib import Path
 
-from cases import MERGE
+from cases import BEYOND, MERGE
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -11,6 +12,7 @@ import pytest
 
 from jaxlab import merge, tree
 
+ROOT = Path(__file__).parents[1]
 names = pytest.mark.parametrize("name", MERGE)
 exact = pytest.mark.parametrize("name", [n for n, c in MERGE.items() if c.exact_grad])
 # Halves the compile time, where the point is not what optimised code computes.
@@ -68,7 +70,10 @@ def total(out):
 
 def test_every_public_name_has_a_row():
     public = {n for n, v in vars(merge).items() if callable(v) and n[0] != "_"}
-    assert public == MERGE.keys()
+    assert public == MERGE.keys() | BEYOND.keys()
+    assert not MERGE.keys() & BEYOND.keys()
+    for name, file in BEYOND.items():
+        assert f"{name}(" in (ROOT / file).read_text(), name
 
 
 @names

@@ -14,7 +14,19 @@ from jaxlab import recipe
 
 ROOT = Path(__file__).parents[1]
 SOURCE = sorted((ROOT / "jaxlab").rglob("*.py"))
-FAMILIES = ("io", "kernels", "merge", "recipe", "rewrite", "tree")
+FAMILIES = (
+    "align",
+    "data",
+    "experiment",
+    "io",
+    "kernels",
+    "measure",
+    "merge",
+    "nn",
+    "recipe",
+    "rewrite",
+    "tree",
+)
 METHODS = recipe.names()
 
 
@@ -105,7 +117,12 @@ def test_arrows_only_run_downwards(path):
         "tree": ("types",),
         "rewrite": ("types", "tree"),
         "kernels": (),
-        "merge": ("types", "tree", "rewrite", "kernels"),
+        "measure": ("types", "tree", "rewrite"),
+        "merge": ("types", "tree", "rewrite", "measure", "kernels"),
+        "align": ("types", "tree", "rewrite", "measure", "kernels"),
+        "nn": ("types", "tree"),
+        "data": (),
+        "experiment": ("types",),
     }
     parts = path.relative_to(ROOT / "jaxlab").with_suffix("").parts
     if parts[0] not in below:

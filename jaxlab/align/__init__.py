@@ -1,0 +1,1 @@
+"""Brings models onto one another: permutations of hidden units, and what they allow."""

@@ -1,0 +1,1 @@
+"""Statistics of models that other families consume: curvature, covariance, similarity."""

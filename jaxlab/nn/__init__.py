@@ -1,0 +1,1 @@
+"""Networks as functions of pytrees, and the configurations that name them."""
