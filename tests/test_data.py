@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jaxlab import data, experiment
+from jaxlab import data, experiment, tree
 from jaxlab.data import _local
 
 
@@ -181,3 +181,24 @@ def test_a_run_is_recorded_and_a_smoke_run_is_not(tmp_path, monkeypatch, capsys)
     assert line["config"]["size"] == 4
     with pytest.raises(SystemExit, match="not finite: size"):
         frame(lambda _: {"size": math.nan})
+
+
+def test_experts_beat_their_base_each_on_its_own_task():
+    tasks = ("digits", "digits/rotate90", "digits/invert")
+    got = experiment.experts(
+        tasks, key=jax.random.key(0), width=32, steps=120, rate=3e-3
+    )
+    base = experiment.accuracies(got, got.base)
+    models = tree.unstack(got.models)
+    own = [experiment.accuracies(got, m)[i] for i, m in enumerate(models)]
+    assert np.all(np.array(own) > base)
+    assert got.heads["kernel"].shape == (3, 32, 10)
+    x = jnp.asarray(got.data[1].test.x[:5])
+    one, each = (got.apply(got.base, x, jnp.full(s, 1)) for s in ((), (5,)))
+    np.testing.assert_allclose(one, each, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_need_tasks_of_one_size(data_folder, monkeypatch):
+    monkeypatch.setenv("JAXLAB_DATA", str(data_folder))
+    with pytest.raises(ValueError, match="tasks differ in size"):
+        experiment.experts(("digits", "signs"), key=jax.random.key(0))

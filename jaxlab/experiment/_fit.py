@@ -85,15 +85,21 @@ def fit(
 
 
 def accuracy(
-    apply: Apply, params: Params, x: np.ndarray, y: np.ndarray, *, batch: int = 2048
+    apply: Apply,
+    params: Params,
+    x: Shaped[np.ndarray, "n ..."],
+    y: Int[np.ndarray, " n"],
+    *more: Any,
+    batch: int = 2048,
 ) -> float:
     """The share of inputs whose largest logit is the label's.
 
     Args:
-      apply: `apply(params, x) -> [b m]` logits.
+      apply: `apply(params, x, *more) -> [b m]` logits; compiled once per function.
       params: the model.
       x: `[n, ...]` inputs.
       y: `[n]` labels.
+      *more: further arguments, the same for every batch.
       batch: inputs per call.
 
     Returns:
@@ -105,13 +111,13 @@ def accuracy(
     right = 0
     for at in range(0, len(x), batch):
         rows = slice(at, at + batch)
-        right += int((_predict(apply, params, x[rows]) == y[rows]).sum())
+        right += int((_predict(apply, params, x[rows], *more) == y[rows]).sum())
     return right / len(x) if len(x) else float("nan")
 
 
 @ft.partial(jax.jit, static_argnums=0)
-def _predict(apply: Apply, params: Params, x: Array) -> Int[Array, " b"]:
-    return jnp.argmax(apply(params, x), -1)
+def _predict(apply: Apply, params: Params, *inputs: Array) -> Int[Array, " b"]:
+    return jnp.argmax(apply(params, *inputs), -1)
 
 
 class _Step(NamedTuple):
