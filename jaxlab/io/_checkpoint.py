@@ -109,7 +109,7 @@ class Checkpoint:
 
     Attributes:
       path: the file or folder.
-      format: "safetensors", "npz", "msgpack" or "orbax".
+      format: "safetensors", "npz", "msgpack", "orbax" or "compeft".
       tensors: by name, in file order.
       metadata: the string pairs of the file.
       config: the parsed config.json of a Hugging Face model folder.

@@ -19,8 +19,8 @@ def open(path: str | Path) -> Checkpoint:  # noqa: A001  (it does what open does
     """Opens a checkpoint without reading its tensors; all that is read is checked.
 
     The format is that of the suffix, or else of the first bytes: `.safetensors`, `.npz`
-    and `.npy`, `.msgpack`; a folder holds safetensors, with or without an index, or is
-    an Orbax checkpoint.
+    and `.npy`, `.msgpack`, `.compeft`; a folder holds safetensors, with or without an
+    index, or is an Orbax checkpoint.
 
     Args:
       path: a file, a folder, or `org/name[@revision]` in the local Hugging Face cache.
@@ -58,12 +58,17 @@ def open(path: str | Path) -> Checkpoint:  # noqa: A001  (it does what open does
         from ._msgpack import open_msgpack
 
         return open_msgpack(file)
+    if suffix == ".compeft":
+        from ._compeft import open_compeft
+
+        return open_compeft(file)
     if start[8:9] == b"{" or start.startswith(b"version "):
         return open_safetensors(file)
     if start[:1] == _PICKLE:
         raise refuse_pickle(file)
-    kinds = ".safetensors, .npz, .msgpack, or a folder of safetensors or Orbax"
-    raise refuse(file, f"no checkpoint format that is known here: {kinds}")
+    kinds = ".safetensors, .npz, .msgpack, .compeft"
+    why = f"{kinds}, or a folder of safetensors or Orbax"
+    raise refuse(file, f"no checkpoint format that is known here: {why}")
 
 
 def _open_folder(folder: Path) -> Checkpoint:

@@ -20,13 +20,14 @@ from ._shards import INDEX, MANIFEST, Listed, index_bytes, manifest_bytes, plan_
 if TYPE_CHECKING:
     from ._orbax_save import Pending
 
-Format = Literal["safetensors", "npz", "msgpack", "orbax"]
+Format = Literal["safetensors", "npz", "msgpack", "orbax", "compeft"]
 
 _SUFFIXES: dict[str, Format] = {
     ".safetensors": "safetensors",
     ".npz": "npz",
     ".msgpack": "msgpack",
     ".orbax": "orbax",
+    ".compeft": "compeft",
 }
 
 
@@ -42,9 +43,10 @@ def save(
     """Writes a tree of arrays; a crash at any moment leaves the old file or the new.
 
     Args:
-      path: a file `.safetensors`, `.npz` or `.msgpack`, which is replaced; or a folder,
-        which must be missing or empty: of safetensors, or Orbax where it ends in
-        `.orbax`. Its parent must exist.
+      path: a file `.safetensors`, `.npz`, `.msgpack` or `.compeft` (ternary tensors, as
+        `merge.compeft` makes them), which is replaced; or a folder, which must be
+        missing or empty: of safetensors, or Orbax where it ends in `.orbax`. Its parent
+        must exist.
       tree: nested dicts, NNX state, Linen params, any tree of arrays. A leaf's name is
         its path with dots for slashes; the keys of a flat dict of arrays are names as
         they are. Random keys are saved as their data.
@@ -58,8 +60,8 @@ def save(
       The save under way where `wait` is False: its `wait()` returns or raises.
 
     Raises:
-      ValueError: a leaf is no array, has a dtype the format lacks, or shares its path
-        with another; names the leaf. Or a format that cannot go on by itself.
+      ValueError: a leaf is no array, has a dtype or values the format lacks, or shares
+        its path with another; names the leaf. Or a format that cannot go on by itself.
       OSError: disk full, target read-only or folder not empty. Nothing is left behind.
 
     Example:
@@ -83,6 +85,10 @@ def save(
         from ._msgpack import save_msgpack
 
         save_msgpack(path, flat, metadata)
+    elif kind == "compeft":
+        from ._compeft import save_compeft
+
+        save_compeft(path, flat, metadata)
     elif kind == "orbax":
         from ._orbax import save_orbax
 
