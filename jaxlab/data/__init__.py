@@ -8,3 +8,5 @@ from ._load import (
     load as load,
     names as names,
 )
+from ._mixup import mixup as mixup
+from ._multicolor import multicolor as multicolor
