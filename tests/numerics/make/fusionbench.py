@@ -20,6 +20,7 @@ import sys
 from types import SimpleNamespace
 
 from fusion_bench import BaseModelPool
+from fusion_bench.method.doge_ta.doge_ta import DOGE_TA_Algorithm
 from fusion_bench.method.emr_merging.utils import emr_merge
 from fusion_bench.method.fisher_merging.fisher_merging import (
     merging_with_fisher_weights,
@@ -34,6 +35,9 @@ from fusion_bench.method.singular_value_calibration import utils as svc_utils
 from fusion_bench.method.slerp.slerp import slerp_on_state_dicts
 from fusion_bench.method.task_singular_vector.utils import TSVM_utils
 from fusion_bench.method.ties_merging import ties_merging_utils
+from fusion_bench.method.trust_region.clip_task_arithmetic import (
+    TaskArithmeticWithTrustRegionForCLIP,
+)
 from fusion_bench.method.wudi.wudi import wudi_merging
 import numpy as np
 import torch
@@ -108,6 +112,32 @@ def spectral_cases(base, tuned, taus):
 
     for alpha in (0.2, 0.5):
         yield f"opcm_{alpha}", lambda alpha=alpha: opcm(alpha)
+    yield "doge_ta", lambda: doge_ta(base, tuned)
+
+
+def doge_ta(base, tuned):
+    """Weights alone: it goes by names, and leaves others as they are."""
+    torch.cuda.memory_allocated = lambda: 0  # is only reported
+    nest = lambda state: torch.nn.ModuleDict({"encoder": Net(state)})
+    models = {f"m{i}": nest(f) for i, f in enumerate(tuned)}
+    pool = BaseModelPool({"_pretrained_": nest(base), **models})
+    out = DOGE_TA_Algorithm(subspace=6, K=30, lamda=0.07).run(pool).state_dict()
+    return {n: out[f"encoder.{n}"] for n in base if n.endswith("weight")}
+
+
+def trust_region(base, tuned):
+    """Without data: the task vectors are their own sensitivities."""
+    models = {f"m{i}": Net(f) for i, f in enumerate(tuned)}
+    method = TaskArithmeticWithTrustRegionForCLIP(
+        scaling_factor=0.3,
+        threshold_quantile=0.8,
+        max_samples=0,
+        batch_size=0,
+        zero_shot=True,
+    )
+    return dict(
+        method.run(BaseModelPool({"_pretrained_": Net(base), **models})).state_dict()
+    )
 
 
 def other_cases(base, tuned, taus, fisher, gram):
@@ -131,6 +161,7 @@ def other_cases(base, tuned, taus, fisher, gram):
         return {**unified, "rescalers": rescalers, **flags}
 
     yield "emr", emr
+    yield "trust_region_0.8", lambda: trust_region(base, tuned)
     yield "magmax", lambda: _magmax_select(taus())
     yield "slerp_0.3", lambda: slerp_on_state_dicts(0.3, dict(tuned[0]), dict(tuned[1]))
 
