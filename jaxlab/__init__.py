@@ -7,7 +7,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import align, data, experiment, io, kernels, measure, merge, nn, recipe, rewrite, tree, types
+    from . import (
+        align,
+        data,
+        experiment,
+        io,
+        kernels,
+        measure,
+        merge,
+        nn,
+        recipe,
+        rewrite,
+        tree,
+        types,
+    )
 
 __version__ = "0.1.0"
 
