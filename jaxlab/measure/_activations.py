@@ -52,7 +52,7 @@ def gram(
       No rows give zeros.
 
     References:
-      Jin et al., 2023, "Dataless Knowledge Fusion by Merging Weights of Language
+      Jin et al., 2022, "Dataless Knowledge Fusion by Merging Weights of Language
       Models", https://arxiv.org/abs/2212.09849, Section 3.
 
     Example:

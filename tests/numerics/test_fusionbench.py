@@ -84,6 +84,14 @@ def ties(deltas, consensus):
     return {"": np.concatenate([np.ravel(turned(merged[n])) for n in sorted(merged)])}
 
 
+def doge_ta(g):
+    """Weights alone; its masks too keep one entry more than they say."""
+    only = lambda models: {n: x for n, x in models.items() if n.endswith("weight")}
+    size = sum(x.size for x in only(g.base).values())
+    density = (int(0.3 * size) + 1.5) / size
+    return merge.on_base(merge.doge_ta)(only(g.models), only(g.base), density=density)
+
+
 def two(models):
     return {n: x[:2] for n, x in models.items()}
 
@@ -100,6 +108,10 @@ CASES = {
     "knots": lambda g: knots(weight(g.deltas)),
     "opcm_0.2": lambda g: merge.on_base(merge.opcm)(g.models, g.base, alpha=0.2),
     "opcm_0.5": lambda g: merge.on_base(merge.opcm)(g.models, g.base, alpha=0.5),
+    "doge_ta": doge_ta,
+    "trust_region_0.8": lambda g: merge.on_base(merge.trust_region)(
+        g.models, g.base, quantile=0.8, scale=0.3
+    ),
     "magmax": lambda g: merge.magmax(g.deltas),
     "emr": lambda g: emr(g.deltas),
     "ties_global_K20_mean": lambda g: ties(g.deltas, "mean"),
