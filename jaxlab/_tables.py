@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .demo import Results
     from .io import Report
+    from .io._align import Aligned
     from .io._diff import Change, Difference
     from .io._report import Inspection
 
@@ -140,6 +141,24 @@ def merged(report: "Report", out: Any, *, dry_run: bool) -> "Table":
     return table
 
 
+def aligned(found: "Aligned", *, dry_run: bool) -> list["Table"]:
+    """What was written, and the groups of units with the share of each that moved."""
+    from rich.text import Text
+
+    whole = merged(found.report, found.report.out, dry_run=dry_run)
+    whole.title = "plan" if dry_run else "aligned"
+    for name, value in (("before", found.before), ("after", found.after)):
+        if value is not None:
+            whole.add_row(f"distance {name}", f"{value:.6g} of ‖A‖")
+    for path, primitive in found.refused:
+        whole.add_row("not followed", Text(printable(f"{path}: {primitive}")))
+    table = _table("groups of units", ["group"], ["units", "blocks", "moved"])
+    for name, (size, blocks, moved) in found.moved.items():
+        share = "" if dry_run else f"{moved:.1%}"
+        table.add_row(Text(printable(name)), str(size), str(blocks), share)
+    return [whole, table]
+
+
 def accuracies(found: "Results") -> "Table":
     """Every model of the demo on every task, in percent."""
     table = _table("accuracy, %", ["model"], [*found.tasks, "mean"])
@@ -210,6 +229,8 @@ def _table(title: str, left: list[str], right: list[str]) -> "Table":
 def _plain(value: Any) -> Any:
     if dc.is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in dc.fields(value)}
+    if (named := getattr(value, "_asdict", None)) is not None:
+        value = named()
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

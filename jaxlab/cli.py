@@ -4,17 +4,15 @@ Exit codes: 0 done, 1 bad input or a failed job, 2 wrong usage, 130 interrupted.
 imports happen inside the commands, so `jaxlab --help` answers at once.
 """
 
-from collections.abc import Callable
 import functools as ft
-import inspect as signatures
 from pathlib import Path
 import resource
-import traceback
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from . import __version__, _console
+from ._command import DryRun, Json, Model, Quiet, Resume, Seed, ShardSize, reported
 
 app = typer.Typer(
     name="jaxlab",
@@ -26,12 +24,6 @@ app = typer.Typer(
 recipes = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(recipes, name="recipe", help="Work with merge recipes.")
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-Model = Annotated[str, typer.Argument(help="A checkpoint of any format, or org/name.")]
-
 
 def main() -> None:
     """Runs the command line."""
@@ -39,33 +31,6 @@ def main() -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     app()
-
-
-def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds `--debug`, and turns errors into one paragraph and an exit code."""
-
-    @ft.wraps(command)
-    def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (typer.Exit, typer.BadParameter, BrokenPipeError):
-            raise
-        except (Exception, KeyboardInterrupt) as error:
-            if debug:
-                traceback.print_exc()
-            if not isinstance(error, KeyboardInterrupt):
-                _console.fail(_console.paragraph(error))
-            on = " The same command with --resume goes on from here."
-            more = on if command.__name__ == "merge" else ""
-            _console.fail(f"interrupted; no file is half written.{more}", code=130)
-
-    known = signatures.signature(command)
-    extra = signatures.Parameter(
-        "debug", signatures.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
-    )
-    run.__signature__ = known.replace(parameters=[*known.parameters.values(), extra])  # pyright: ignore
-    run.__annotations__ = {**command.__annotations__, "debug": Debug}
-    return run
 
 
 def show_version(asked: bool) -> None:
@@ -94,15 +59,9 @@ def merge(
     recipe: Annotated[Path, typer.Argument(help="mergekit YAML, or our own form.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     *,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, write nothing.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted merge.")
-    ] = False,
-    shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest file, such as 500MB.")
-    ] = "5GB",
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    shard_size: ShardSize = "5GB",
     seed: Seed = 0,
     allow_nonfinite: Annotated[
         bool,
@@ -130,6 +89,59 @@ def merge(
         first, *rest = report.problems
         more = f" (and {len(rest)} more)" if rest else ""
         _console.fail(f"{_console.printable(first)}{more}; nothing was written")
+
+
+@app.command()
+@reported
+def align(
+    a: Annotated[str, typer.Argument(help="The checkpoint that stays, or org/name.")],
+    b: Annotated[str, typer.Argument(help="The one that is permuted onto it.")],
+    *,
+    out: Annotated[Path, typer.Option(help="The folder to write: B, permuted.")],
+    config: Annotated[
+        Path | None, typer.Option(help="A config.json, where A has none that is known.")
+    ] = None,
+    forward: Annotated[
+        str | None,
+        typer.Option(help="Instead: nn.resnet20, or a function of your own module."),
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="Of the forward, as float32[2,32,32,3]."),
+    ] = None,
+    method: Annotated[
+        Literal["weights"], typer.Option(help="What is matched.")
+    ] = "weights",
+    seed: Seed = 0,
+    shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Permute the hidden units of B onto those of A; B computes what it did."""
+    del method  # there is one so far
+    largest = _console.size(shard_size, option="--shard-size")
+    from . import _tables, io
+    from .io import _forward
+
+    found = io.align(
+        a,
+        b,
+        out,
+        forward=_forward.chosen(config, forward, inputs or ()),
+        seed=seed,
+        shard_size=largest,
+        resume=resume,
+        dry_run=dry_run,
+        progress=ft.partial(_console.reading, quiet=quiet),
+    )
+    if json:
+        typer.echo(_tables.as_json(found))
+    elif not quiet:
+        console = _console.stdout()
+        for table in _tables.aligned(found, dry_run=dry_run):
+            console.print(table)
 
 
 @app.command()

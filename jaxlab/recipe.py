@@ -1,12 +1,13 @@
 """Names to functions, and recipes of merges: the public namespace is the registry."""
 
+from collections import abc
 from collections.abc import Callable, Mapping
 import difflib
 import functools as ft
 import importlib
 import inspect
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 FAMILIES = ("merge",)
 """The families whose public functions a recipe may name."""
@@ -162,6 +163,33 @@ def data(method: Callable[..., Any]) -> str | None:
     """
     first = next(iter(inspect.signature(method).parameters), None)
     return first if first in ("models", "deltas") else None
+
+
+def beyond(method: Callable[..., Any]) -> list[str]:
+    """What a method must be given that no recipe holds: more data, or a function.
+
+    Args:
+      method: any function.
+
+    Returns:
+      The names of those parameters: positional ones after the first, and keyword-only
+      ones that are called, that have no default.
+
+    Example:
+      >>> beyond(lookup("merge.fisher")), beyond(lookup("merge.ties"))
+      (['fishers'], [])
+    """
+    _, *others = inspect.signature(method).parameters.values()
+    return [
+        p.name
+        for p in others
+        if p.default is inspect.Parameter.empty
+        and (p.kind is not inspect.Parameter.KEYWORD_ONLY or _called(p.annotation))
+    ]
+
+
+def _called(annotation: Any) -> bool:
+    return get_origin(annotation) is abc.Callable
 
 
 def options(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -60,7 +60,7 @@ def models(tmp_path):
 def test_version_and_help():
     assert run("--version").output == f"jaxlab {jaxlab.__version__}\n"
     text = run("--help").output
-    for command in ("merge", "inspect", "diff", "demo", "methods", "recipe"):
+    for command in ("merge", "align", "inspect", "diff", "demo", "methods", "recipe"):
         assert command in text
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from jaxlab import io, merge, recipe
-from jaxlab.io import _plan, _yaml
+from jaxlab.io import FormatError, _form, _plan, _yaml
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +85,13 @@ def test_resolve_names_what_is_wrong(spec, says):
 
 
 def test_every_merge_method_plans(models):
-    options = {"slerp": {"t": 0.5}, "nearswap": {"t": 0.5}}
-    count = {"slerp": 2, "nearswap": 2, "nuslerp": 2, "arcee_fusion": 2}
+    options = {"slerp": {"t": 0.5}, "nearswap": {"t": 0.5}, "expo": {"alpha": 0.3}}
     for name, method in recipe.names().items():
         kind = recipe.data(method)
         short = name.removeprefix("merge.")
-        if kind is None or name in _steps():
+        if kind is None or name in _form._STEPS or recipe.beyond(method):
             continue
-        k = 1 if short == "passthrough" else count.get(short, 3)
+        k = _form._PAIRS.get(name, 3)
         spec = {"use": name, "models": ["a", "b", "c"][:k], **options.get(short, {})}
         spec |= {"base": "z"} if kind == "deltas" else {}
         steps = plan(spec, models).steps
@@ -101,10 +100,15 @@ def test_every_merge_method_plans(models):
         assert [s.name for s in steps] == list(models["a"].tensors)
 
 
-def _steps():
-    from jaxlab.io._form import _STEPS
-
-    return _STEPS
+@pytest.mark.parametrize(
+    ("use", "needs"),
+    [("fisher", "fishers"), ("adamerging", "batches, apply"), ("greedy_soup", "score")],
+)
+def test_a_method_that_needs_data_is_refused_by_what_it_needs(models, use, needs):
+    spec = {"use": f"merge.{use}", "models": ["a", "b"], "base": "z"}
+    says = f"merge.{use} needs {needs}, which a recipe cannot give"
+    with pytest.raises(FormatError, match=says):
+        plan(spec, models)
 
 
 def test_options_by_model_path_and_depth(models):

@@ -86,7 +86,7 @@ def patches_of(images):
     return distance.argmin(-1)
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("correlation", [0, 0.7, 1.0])
 def test_a_patch_tells_the_class_as_often_as_asked(correlation):
     """correlation + (1 - correlation) / 10, patch by patch, and independently."""
     out = _multicolor.multicolor(IMAGES, LABELS, key=KEY, correlation=correlation)

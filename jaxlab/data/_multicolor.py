@@ -55,7 +55,7 @@ def multicolor(
         )
     if h % PATCH or w % PATCH:
         raise ValueError(f"images of {h} x {w} do not divide into {PATCH} x {PATCH}")
-    return _painted(images, labels, key, correlation, patches)
+    return _painted(images, labels, key, float(correlation), patches)
 
 
 @ft.partial(jax.jit, static_argnames="patches")

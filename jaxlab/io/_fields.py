@@ -39,6 +39,15 @@ class Tokenizer(NamedTuple):
         return (*([] if self.source in ("union", "base") else [self.source]), *named)
 
 
+class Align(NamedTuple):
+    """Which models are permuted onto which other one before they are merged."""
+
+    onto: str | None = None  # "first", "base", or a reference; None: base, else first
+    seed: int | None = None  # None: that of the merge
+    forward: str | None = None  # a function of `nn`; None: as config.json says
+    inputs: tuple[str, ...] = ()  # of the forward, such as float32[2,32,32,3]
+
+
 def given(entries: Mapping[str, Node], key: str) -> Node | None:
     """An entry, unless it is absent or null."""
     node = entries.get(key)
@@ -111,6 +120,30 @@ def tokenizer(node: Node) -> Tokenizer:
         reference(source, "'source'") if source else "union",
         {name: _token(name, item) for name, item in listed.items()},
         multiple,
+    )
+
+
+def alignment(node: Node) -> Align | None:
+    """The `align` entry: true, or a mapping."""
+    if isinstance(node.value, bool):
+        return Align() if node.value else None
+    entries = mapping(node, "'align'", ("method", *Align._fields))
+    onto, seed, forward, inputs = (given(entries, key) for key in Align._fields)
+    method = given(entries, "method")
+    if method is not None and text(method, "'method'") != "weight_matching":
+        why = f"'method' has to be weight_matching, got {said(method)}"
+        raise fault(method, why)
+    if (forward is None) != (inputs is None):
+        raise fault(node, "'forward' and 'inputs' go together")
+    if seed is not None and integer(seed, "'seed'") < 0:
+        raise fault(seed, f"'seed' has to be at least 0, got {said(seed)}")
+    return Align(
+        reference(onto, "'onto'") if onto else None,
+        integer(seed, "'seed'") if seed else None,
+        text(forward, "'forward'") if forward else None,
+        tuple(text(x, "an input") for x in sequence(inputs, "'inputs'"))
+        if inputs
+        else (),
     )
 
 

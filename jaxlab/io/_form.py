@@ -11,6 +11,9 @@ path; globs are separated by ` | `) and on the depth (`gradient`: over the layer
 slice; 0 outside the layers).
 `slices` stacks layer ranges, `modules` treats parts of a model apart; both inherit what
 the recipe says. `like` names the model whose config and tokenizer the result carries.
+`align: true` permutes the hidden units of all models onto the base or the first one
+before they are merged; `align: {onto: path/to/a, seed: 0}` says which, and `forward:
+nn.resnet20` with `inputs: ["float32[2,32,32,3]"]` what they are where no config does.
 """
 
 from collections.abc import Mapping
@@ -21,10 +24,19 @@ import numpy as np
 
 from .. import recipe as methods
 from . import _option
-from ._fields import Tokenizer, dtype, given, layer_range, reference, tokenizer
+from ._fields import (
+    Align,
+    Tokenizer,
+    alignment,
+    dtype,
+    given,
+    layer_range,
+    reference,
+    tokenizer,
+)
 from ._node import Node, fault, mapping, nearest, sequence, text
 
-WHOLE = ("like", "dtype", "out_dtype", "tokenizer", "chat_template")
+WHOLE = ("like", "align", "dtype", "out_dtype", "tokenizer", "chat_template")
 SHAPE = ("use", "base", "models", "slices", "modules")
 
 
@@ -53,6 +65,7 @@ class Merge(NamedTuple):
     out_dtype: np.dtype | None = None
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
+    align: Align | None = None
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -76,6 +89,7 @@ def read(node: Node, *, nested: bool = False) -> Merge:
         dtype(whole["out_dtype"], "out_dtype"),
         tokenizer(whole["tokenizer"]) if whole["tokenizer"] else None,
         text(template, "'chat_template'") if template else None,
+        alignment(whole["align"]) if whole["align"] else None,
     )
 
 
@@ -140,6 +154,13 @@ def _slice(node: Node, entries: Mapping[str, Node]) -> Slice:
         raise fault(entries["use"], str(error)) from None
     if methods.data(method) is None or use in _STEPS:
         raise fault(entries["use"], f"{use!r} is no merge of models by itself")
+    beyond = methods.beyond(method)
+    if beyond:
+        raise fault(
+            entries["use"],
+            f"{use} needs {', '.join(beyond)}, which a recipe cannot give: call it "
+            f"from Python",
+        )
     options = _options(node, use, entries)
     base = _entry(entries["base"], "'base'") if given(entries, "base") else None
     if base is None and methods.data(method) == "deltas":
@@ -154,12 +175,15 @@ def _slice(node: Node, entries: Mapping[str, Node]) -> Slice:
     return Slice(use, models, base, options)
 
 
-# Steps return a stack, no model; and how many models some methods take.
+# Steps return no model but a stack or a compressed form; how many models some take.
 _STEPS = frozenset(
     f"merge.{name}" for name in ("trim", "trim_outliers", "drop", "drop_by_rank")
-) | {"merge.elect", "merge.task_vectors"}
+) | {"merge.elect", "merge.task_vectors", "merge.tall_masks", "merge.coefficients"}
+_STEPS |= {f"merge.{name}" for name in ("compeft", "ternary", "bitdelta", "emr")}
+_STEPS |= {"merge.tsv_c"}
 _PAIRS = {f"merge.{m}": 2 for m in ("slerp", "nuslerp", "nearswap", "arcee_fusion")}
-_PAIRS["merge.passthrough"] = 1
+_PAIRS["merge.wise_ft"] = 2
+_PAIRS |= {"merge.passthrough": 1, "merge.transfer": 3}
 
 
 def _options(node: Node, use: str, entries: Mapping[str, Node]) -> dict[str, Any]:

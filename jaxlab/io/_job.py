@@ -79,7 +79,7 @@ def run(
     if resume and _complete(job.out, identity):
         files = tuple(read_manifest(job.out) or {})
         return Written((*files, MANIFEST), files)
-    _free(job.out)
+    free(job.out)
     staging = job.out.parent / f".{job.out.name}.partial"
     with _staging(staging, identity, resume) as done:
         found = tuple(done)
@@ -101,7 +101,7 @@ def run(
     return Written((*done, MANIFEST), found)
 
 
-def _free(out: Path) -> None:
+def free(out: Path) -> None:
     """Refuses a target that something else is in."""
     if not out.parent.is_dir():
         raise ValueError(f"{out}: there is no folder {out.parent} to put it in")

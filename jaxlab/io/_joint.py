@@ -21,17 +21,17 @@ class Joint(NamedTuple):
     """Tensors whose results depend on each other: all are passed over first."""
 
     index: dict[str, int]
-    plan: rewrite.Passes
+    plan: rewrite.Passes | None  # None: no block of a leaf can be computed alone
     known: dict[int, Any]
     blocks: Callable[[int, bool], Iterator[Any]]
+    made: Sequence[np.ndarray] = ()  # where there is no plan, the results
 
     @classmethod
     def of(
         cls, tasks: Sequence[Task], settings: Settings, ahead: ThreadPoolExecutor
     ) -> "Joint | None":
         """The joint part of a run, with its statistics; or None where there is none."""
-        merged = [t for t in tasks if t.method is not None and math.prod(t.shape)]
-        tied = [t for t in merged if not _leafwise(t)]
+        tied = _tied(tasks)
         if not tied:
             return None
         method = _shared(tied)
@@ -53,28 +53,62 @@ class Joint(NamedTuple):
         with jax.enable_x64(any(map(is_double, tied))):
             plan = rewrite.flat(fn, leaves)
             flat = plan is not None
-            plan = plan or rewrite.passes(fn, leaves)
+            plan = plan or _by_rows(fn, leaves)
         sources = [feed(t.group, flat, ahead, settings) for t in tied]
 
         def blocks(leaf: int, sample: bool) -> Iterator[Any]:
             source = sources[leaf]._replace(kept=[])  # too many tensors to keep any
             yield from source.blocks(sample=sample)
 
-        known = rewrite.statistics(plan, blocks)
-        return cls({t.name: i for i, t in enumerate(tied)}, plan, known, blocks)
+        index = {t.name: i for i, t in enumerate(tied)}
+        if plan is None:
+            whole = [s._replace(step=s.rows).blocks(sample=False) for s in sources]
+            arrays = [next(blocks)[1] for blocks in whole]
+            with jax.enable_x64(any(map(is_double, tied))):
+                made = [np.asarray(x) for x in jax.jit(fn)(*arrays)]
+            return cls(index, None, {}, blocks, made)
+        return cls(index, plan, rewrite.statistics(plan, blocks), blocks)
 
     def results(self, task: Task) -> Iterator[np.ndarray]:
         """The blocks of one of the tensors."""
         leaf = self.index[task.name]
+        if self.plan is None:
+            yield self.made[leaf]
+            return
         for _, block in rewrite.results(self.plan, self.known, leaf, self.blocks):
             yield np.asarray(block)
 
 
-def _leafwise(task: Task) -> bool:
-    """Does the method treat leaves independently?"""
+def together(tasks: Sequence[Task]) -> list[Task]:
+    """The tensors that a joint method needs in memory, all of them at once."""
+    tied = _tied(tasks)
+    return tied if tied and not _cuttable(_key(tied[0]), _models(tied[0])) else []
+
+
+def _tied(tasks: Sequence[Task]) -> list[Task]:
+    """The tensors whose results depend on each other."""
+    merged = [t for t in tasks if t.method is not None and math.prod(t.shape)]
+    return [t for t in merged if not _leafwise_method(_key(t), _models(t))]
+
+
+def _by_rows(
+    fn: Callable[..., Any], leaves: Sequence[rewrite.Leaf]
+) -> rewrite.Passes | None:
+    """The passes in blocks of rows, or None where there are none."""
+    try:
+        return rewrite.passes(fn, leaves)
+    except rewrite.Refused:
+        return None
+
+
+def _key(task: Task) -> "_Bound":
+    """What decides how a task's method treats leaves."""
     assert task.method is not None
-    key = _Bound(bound(task.method), task.method)
-    return _leafwise_method(key, len(task.group.models))
+    return _Bound(bound(task.method), task.method)
+
+
+def _models(task: Task) -> int:
+    return len(task.group.models)
 
 
 class _Bound(NamedTuple):
@@ -90,11 +124,25 @@ class _Bound(NamedTuple):
 
 @ft.lru_cache(maxsize=4096)
 def _leafwise_method(key: _Bound, k: int) -> bool:
-    method: Callable[..., Any] = key.method
-    if is_random(method):
-        method = ft.partial(method, key=jax.random.key(0))
+    """Does the method treat leaves independently?"""
     shape = jax.ShapeDtypeStruct((k, 2, 3), np.float32)
-    return rewrite.leafwise(method, {"a": shape, "b": shape})
+    return rewrite.leafwise(_with_key(key.method), {"a": shape, "b": shape})
+
+
+@ft.lru_cache(maxsize=4096)
+def _cuttable(key: _Bound, k: int) -> bool:
+    """Can the method be computed in blocks of rows, as two matrices tell?"""
+    leaf = rewrite.Leaf((jax.ShapeDtypeStruct((k, 2, 3), np.float32),), (1,))
+    method = _with_key(key.method)
+    fn = lambda a, b: list(method({"a": a[0], "b": b[0]}).values())
+    return _by_rows(fn, [leaf, leaf]) is not None
+
+
+def _with_key(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method with any key, where it needs one."""
+    if is_random(method):
+        return ft.partial(method, key=jax.random.key(0))
+    return method
 
 
 def _shared(tasks: Sequence[Task]) -> Callable[..., Any]:

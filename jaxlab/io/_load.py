@@ -13,7 +13,7 @@ import numpy as np
 from .. import tree
 from ._checkpoint import Tensor
 from ._errors import refuse
-from ._names import leaf_paths, nest, to_name, to_path
+from ._names import leaf_paths, to_path, unflatten
 from ._open import open  # noqa: A004  (ours)
 
 
@@ -55,10 +55,7 @@ def load(
         flat = {to_path(name): t for name, t in checkpoint.tensors.items()}
         if like is None:
             where = _shardings(sharding, list(flat))
-            nested = nest({p: _put(t, where.get(p)) for p, t in flat.items()})
-            if not any(isinstance(x, dict) for x in nested.values()):
-                return {to_name(path): x for path, x in nested.items()}
-            return nested
+            return unflatten({p: _put(t, where.get(p)) for p, t in flat.items()})
         wanted = dict(zip(leaf_paths(like), jax.tree.leaves(like), strict=True))
         _check_paths(checkpoint.path, flat, wanted)
         own = {p: _sharding_of(x) for p, x in wanted.items()}

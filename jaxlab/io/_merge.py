@@ -10,11 +10,12 @@ from .. import recipe as recipes
 from ._checkpoint import Checkpoint
 from ._feed import Group, Settings
 from ._inputs import inputs
-from ._job import Job
+from ._job import Job, free
 from ._plan import Plan, Step, build_plan, references
 from ._run import (
     Progress,
     Report,
+    carried,
     entries,
     execute,
     fingerprints,
@@ -24,6 +25,7 @@ from ._run import (
 )
 from ._stream import Memo
 from ._task import Task
+from ._together import together
 
 
 def merge(
@@ -69,18 +71,25 @@ def merge(
         }
         try:
             plan = build_plan(spec, models)
+            if not (dry_run or resume):
+                free(out)
+            joined = together(
+                spec, models, seed=seed, dry_run=dry_run, progress=progress
+            )
         except ValueError as error:
             if not dry_run:
                 raise
             problems = (str(error), *_misfits(models))
             read = sum(m.nbytes for m in models.values())
             return Report(out, 0, read, 0, 0, problems=problems)
-        tasks = tuple(_task(step, models) for step in plan.steps)
+        tasks = tuple(_task(step, joined.models) for step in plan.steps)
         settings, memo = Settings(seed, allow_nonfinite), Memo({})
-        report = outline(out, tasks, settings, memo)._replace(notes=plan.notes)
+        report = outline(out, tasks, settings, memo)
+        report = joined.told(report._replace(notes=plan.notes))
         if dry_run:
             return report
         facts = {"recipe": spec, "seed": seed, "inputs": fingerprints(models)}
+        facts |= {"aligned": joined.digests} if joined.digests else {}
         job = Job(out, entries(tasks), facts, _files(plan, models), shard_size)
         written = execute(job, tasks, settings, memo, resume, progress)
     return timed(report, written, start)
@@ -117,10 +126,6 @@ def _task(step: Step, models: Mapping[str, Checkpoint]) -> Task:
 
 def _files(plan: Plan, models: Mapping[str, Checkpoint]) -> dict[str, bytes]:
     """The files that go with the model: config, tokenizer, chat template and so on."""
-    like = models[plan.like]
-    carried = {
-        str(name): (like.path / name).read_bytes()
-        for name in (p.relative_to(like.path) for p in like.carried)
-        if str(name) not in plan.left_out
-    }
-    return {**carried, **plan.files}
+    held = carried(models[plan.like])
+    kept = {n: x for n, x in held.items() if n not in plan.left_out}
+    return {**kept, **plan.files}

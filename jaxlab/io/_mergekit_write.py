@@ -16,6 +16,8 @@ _NONE: Any = object()
 def write(own: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe of ours, as plain values, in mergekit's form."""
     form = _form.read(nodes(own))
+    if form.align is not None:
+        raise _cannot("that models are aligned before they are merged")
     uses = {part.use for part in form.slices}
     if len(uses) > 1:
         raise _cannot(f"two methods in one recipe, {' and '.join(sorted(uses))}")

@@ -79,6 +79,25 @@ def nest(flat: Mapping[str, T]) -> dict[str, Any]:
     return tree
 
 
+def unflatten(flat: Mapping[str, T]) -> dict[str, Any]:
+    """The tree that `load` makes: nested, or flat with plain names if nothing nests.
+
+    Args:
+      flat: slash paths and their leaves.
+
+    Returns:
+      Nested dicts, or one dict by name.
+
+    Example:
+      >>> unflatten({"a/b": 1}), unflatten({"a.b": 1})
+      ({'a': {'b': 1}}, {'a/b': 1})
+    """
+    tree = nest(flat)
+    if any(isinstance(x, dict) for x in tree.values()):
+        return tree
+    return {to_name(path): x for path, x in tree.items()}
+
+
 def leaf_paths(tree: Any) -> list[str]:
     """The slash path of every leaf, as a checkpoint knows it.
 

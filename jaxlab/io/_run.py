@@ -108,7 +108,10 @@ def _named(method: Callable[..., Any]) -> list[Any]:
     """A method and its options, the same in every process."""
     inner = getattr(method, "func", method)
     options = getattr(method, "keywords", {})
-    plain = {k: repr(np.asarray(v).tolist()) for k, v in sorted(options.items())}
+    plain = {
+        k: _named(v) if callable(v) else repr(np.asarray(v).tolist())
+        for k, v in sorted(options.items())
+    }
     return [f"{inner.__module__}.{inner.__qualname__}", plain]
 
 
@@ -131,7 +134,7 @@ def execute(
     """Runs a job over tasks, with a bar where one is wanted."""
     by_name = {task.name: task for task in tasks}
     total = sum(t.nbytes for task in tasks for t in task.group.tensors)
-    show = _silent if progress is None else progress
+    show = silent if progress is None else progress
 
     def blocks(names: Sequence[str]) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
         todo = [by_name[name] for name in names]
@@ -139,12 +142,12 @@ def execute(
         for task, parts in compute(todo, tasks, told, memo):
             yield task.name, parts
 
-    with show(f"merging into {job.out.name}", total) as advance:
+    with show(f"writing {job.out.name}", total) as advance:
         return run(job, blocks, resume=resume)
 
 
 @contextmanager
-def _silent(what: str, total: int) -> Iterator[Callable[[int], Any]]:
+def silent(what: str, total: int) -> Iterator[Callable[[int], Any]]:
     """A bar that shows nothing."""
     del what, total
     yield lambda _: None
@@ -196,6 +199,12 @@ def _tasks(
         out = np.dtype(dtype) if dtype is not None and merged else tensor.dtype
         tasks.append(Task(name, tensor.shape, out, method if merged else None, group))
     return tuple(tasks)
+
+
+def carried(model: Checkpoint) -> dict[str, bytes]:
+    """The config, tokenizer and other files of a model folder, by name in it."""
+    names = (p.relative_to(model.path) for p in model.carried)
+    return {str(name): (model.path / name).read_bytes() for name in names}
 
 
 def is_float(dtype: np.dtype) -> bool:

@@ -68,7 +68,7 @@ def _columns(
         held = {n: pieces[n] for n in members(module, list(pieces))}
         columns.append(Column(label, held, entry.layers, is_base))
     shared = set.intersection(*({*c.pieces} for c in columns))
-    drop = {n for c in columns for n in c.pieces if n not in shared and _is_buffer(n)}
+    drop = {n for c in columns for n in c.pieces if n not in shared and is_buffer(n)}
     if drop:
         notes.append(f"{len(drop)} buffers are not in all models and are left out")
     keep = lambda c: {n: p for n, p in c.pieces.items() if n not in drop}
@@ -212,5 +212,6 @@ def _depth(layer: int, count: int) -> float:
     return layer / (count - 1) if count > 1 else 1.0
 
 
-def _is_buffer(name: str) -> bool:
+def is_buffer(name: str) -> bool:
+    """Is this a tensor that models recompute, and many folders leave out?"""
     return name.endswith(_BUFFERS)

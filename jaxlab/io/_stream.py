@@ -11,7 +11,7 @@ import numpy as np
 from .. import rewrite, tree
 from ._errors import refuse
 from ._feed import KEEP, Feed, Group, Settings, feed, rows_per_block
-from ._joint import Joint
+from ._joint import Joint, together
 from ._names import to_path
 from ._task import Task, fingerprint, group_leaf, is_double, leaf_function
 
@@ -41,26 +41,51 @@ def peak_memory(tasks: Sequence[Task], settings: Settings, memo: "Memo") -> int:
     """About how many bytes a run needs beyond the bare runtime.
 
     Three blocks of inputs, their float32 copies, what one leaf keeps between passes and
-    what a search for a threshold keeps; all of a tensor where a method needs all of it.
+    what a search for a threshold keeps; all of a tensor, and of what is made of it on
+    the way, where a method needs all of it; of all tensors where it needs those.
     """
-    most = 0
-    for task in (t for t in tasks if math.prod(t.shape)):
-        group, shape = task.group, task.group.avals()[0].shape[1:]
-        size, entries = math.prod(shape), len(group.tensors)
-        width = sum(t.dtype.itemsize for t in group.tensors)
-        kind = "flat" if task.method is None else _planned(task, settings, memo)[0]
-        inner = 1 if kind == "flat" else math.prod(shape[1:])
-        rows = size if kind == "whole" else rows_per_block(group, inner) * inner
-        block = min(size, max(rows, inner))
-        kept = min(size * width, KEEP) + min(4 * size * entries, 4 * rewrite.ROOM)
-        most = max(most, block * (3 * width + 8 * (entries + 1)) + kept)
-    return most
+    real = [t for t in tasks if math.prod(t.shape)]
+    held = {t.name for t in together(real)}
+    most, joined, whole = 0, 0, {}
+    for task in real:
+        if task.method is None:
+            kind = "flat"
+        else:
+            kind = "whole" if task.name in held else _planned(task, settings, memo)[0]
+        if kind == "whole":
+            need = whole.get(key := fingerprint(task)) or _whole_bytes(task, settings)
+            whole[key] = need
+        else:
+            need = _block_bytes(task, kind)
+        joined += need if task.name in held else 0
+        most = max(most, need)
+    return max(most, joined)
 
 
 class Memo(NamedTuple):
     """How tensors are cut, learnt once from the first of those that are alike."""
 
     kinds: dict[Any, tuple[str, str, rewrite.Passes | None]]  # name, kind, passes
+
+
+def _whole_bytes(task: Task, settings: Settings) -> int:
+    """What a task takes that is computed all at once."""
+    group = task.group
+    with jax.enable_x64(is_double(task)):
+        live = rewrite.live_bytes(leaf_function(task, settings), *group.avals())
+    return sum(t.nbytes for t in group.tensors) + live
+
+
+def _block_bytes(task: Task, kind: str) -> int:
+    """What a task takes that is computed in blocks."""
+    group, shape = task.group, task.group.avals()[0].shape[1:]
+    size, entries = math.prod(shape), len(group.tensors)
+    width = sum(t.dtype.itemsize for t in group.tensors)
+    inner = 1 if kind == "flat" else math.prod(shape[1:])
+    rows = rows_per_block(group, inner) * inner
+    block = min(size, max(rows, inner))
+    kept = min(size * width, KEEP) + min(4 * size * entries, 4 * rewrite.ROOM)
+    return block * (3 * width + 8 * (entries + 1)) + kept
 
 
 def _alone(

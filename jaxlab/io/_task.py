@@ -79,9 +79,11 @@ def bound(method: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 def frozen(value: Any) -> Any:
-    """An option as something hashable: arrays and lists by value."""
+    """An option as something hashable: arrays and lists by value, records by field."""
     if isinstance(value, Mapping):
         return tuple((k, frozen(v)) for k, v in sorted(value.items()))
+    if isinstance(value, tuple) and any(isinstance(v, str | tuple) for v in value):
+        return tuple(map(frozen, value))
     if isinstance(value, np.ndarray | jax.Array | list | tuple):
         array = np.asarray(value)
         return (array.dtype.str, array.shape, array.tobytes())
