@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, told apart by every kind of colour vision. Figures 
 without pyplot: no global state, no window.
 """
 
+from collections.abc import Sequence
 import math
 from pathlib import Path
 import textwrap
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    import numpy as np
 
     from .io._diff import Difference
 
@@ -46,6 +48,49 @@ def headline(fig: "Figure", title: str, note: str, *, beside: float = 0) -> None
 def save(fig: "Figure", path: Path) -> None:
     """Writes the figure as PNG, the same bytes for the same figure."""
     fig.savefig(path, format="png", metadata={"Software": None}, facecolor="white")
+
+
+def table(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    shares: "np.ndarray",
+    *,
+    breaks: Sequence[float] = (),
+    width: float = 8.0,
+) -> "Figure":
+    """A heat map of shares in [0, 1], in percent, with their mean as the last column.
+
+    Args:
+      rows: the name of each row.
+      columns: the name of each column.
+      shares: `[rows, columns]`.
+      breaks: rows above which a gap is drawn.
+      width: in inches.
+
+    Returns:
+      The figure; give it a `headline`.
+    """
+    import numpy as np
+
+    values = np.column_stack([shares, shares.mean(1)])
+    fig, ax = figure(width, 0.34 * len(rows) + 1.7)
+    ax.imshow(values, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        dark, last = value > 0.8, j == values.shape[1] - 1
+        ink, weight = ("white" if dark else INK), ("bold" if last else "normal")
+        text = f"{100 * value:.0f}"
+        ax.text(
+            j, i, text, ha="center", va="center", color=ink, size=9.5, weight=weight
+        )
+    ax.set_xticks(range(values.shape[1]), [*columns, "mean"], size=10)
+    ax.set_yticks(range(len(rows)), rows, size=10)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    for at in breaks:
+        ax.axhline(at - 0.5, color="white", linewidth=5)
+    ax.axvline(values.shape[1] - 1.5, color="white", linewidth=5)
+    return fig
 
 
 def changes(difference: "Difference") -> "Figure":

@@ -202,3 +202,29 @@ def test_experts_need_tasks_of_one_size(data_folder, monkeypatch):
     monkeypatch.setenv("JAXLAB_DATA", str(data_folder))
     with pytest.raises(ValueError, match="tasks differ in size"):
         experiment.experts(("digits", "signs"), key=jax.random.key(0))
+
+
+def test_a_setting_is_divided_and_goes_further():
+    tasks, key = ("digits", "digits/invert"), jax.random.key(0)
+    size = {"steps": 40, "rate": 3e-3}
+    got = experiment.experts(tasks, key=key, width=16, **size)
+    choose, report = experiment.held_out(got)
+    for whole, a, b in zip(got.data, choose.data, report.data, strict=True):
+        both = np.concatenate([a.test.y, b.test.y])
+        assert sorted(both) == sorted(whole.test.y)
+        np.testing.assert_array_equal(a.test.x, whole.test.x[::2])
+        np.testing.assert_array_equal(b.test.x, whole.test.x[1::2])
+    table = [experiment.accuracies(report, m) for m in tree.unstack(got.models)]
+    np.testing.assert_array_equal(
+        experiment.own(report, got.models), np.diagonal(table)
+    )
+    new = experiment.further(got, 200, key=key, **size)
+    seen = experiment.examples(got, 200)
+    assert experiment.loss(got, new.base, seen) < experiment.loss(got, got.base, seen)
+    assert np.all(
+        experiment.own(new, new.models) > experiment.accuracies(new, new.base)
+    )
+    assert new.heads is got.heads
+    still = experiment.further(got, 200, key=key, steps=0)
+    for model in [still.base, *tree.unstack(still.models)]:
+        jax.tree.map(np.testing.assert_array_equal, model, got.base)

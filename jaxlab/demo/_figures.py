@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..figures import COLOURS, GREY, INK, figure, headline, save
+from ..figures import COLOURS, GREY, INK, figure, headline, save, table
 from ._measure import SHARE
 from ._results import Results
 
@@ -50,25 +50,9 @@ def tasks(results: Results) -> "Figure":
 def accuracy(results: Results) -> "Figure":
     """Every model on every task, as a heat map with its numbers."""
     rows = list(results.accuracy)
-    table = np.array([results.accuracy[m] for m in rows])
-    table = np.column_stack([table, table.mean(1)])
-    fig, ax = figure(8.0, 0.34 * len(rows) + 1.7)
-    ax.imshow(table, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
-    for (i, j), value in np.ndenumerate(table):
-        dark, last = value > 0.8, j == table.shape[1] - 1
-        ink, weight = ("white" if dark else INK), ("bold" if last else "normal")
-        text = f"{100 * value:.0f}"
-        ax.text(
-            j, i, text, ha="center", va="center", color=ink, size=9.5, weight=weight
-        )
-    ax.set_xticks(range(table.shape[1]), [*results.tasks, "mean"], size=10)
-    ax.set_yticks(range(len(rows)), [_label(m, results) for m in rows], size=10)
-    ax.xaxis.tick_top()
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    for y in (0.5, 0.5 + len(results.experts)):
-        ax.axhline(y, color="white", linewidth=5)
-    ax.axvline(len(results.tasks) - 0.5, color="white", linewidth=5)
+    shares = np.array([results.accuracy[m] for m in rows])
+    names = [_label(m, results) for m in rows]
+    fig = table(names, results.tasks, shares, breaks=(1, 1 + len(results.experts)))
     error = 50 / np.sqrt(results.tested)
     headline(
         fig,

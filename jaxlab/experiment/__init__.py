@@ -1,9 +1,20 @@
 """What every experiment shares: training, accuracy, intervals, and the record kept."""
 
+from ._examples import (
+    batches as batches,
+    examples as examples,
+    loss as loss,
+    right as right,
+    scaled as scaled,
+)
 from ._experts import (
     Experts as Experts,
     accuracies as accuracies,
     experts as experts,
 )
 from ._fit import accuracy as accuracy, cross_entropy as cross_entropy, fit as fit
+from ._further import further as further
+from ._held_out import held_out as held_out, own as own
+from ._measured import measured as measured
+from ._merges import MERGES as MERGES, Effort as Effort
 from ._record import interval as interval, main as main
