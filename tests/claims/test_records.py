@@ -1,0 +1,92 @@
+"""The papers' claims in the records of `experiments/`, and in the README.
+
+Each row is a paired difference with its 95 % interval over seeds. A run that is
+recorded anew must still say what the row says, and the README must give its numbers.
+What did not reproduce is here too: should it ever, the row and the README change.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ABOVE, NEITHER, BELOW = "above the null", "not told apart from it", "below it"
+CLAIMS = [
+    # experiment, metric, the interval is, the null
+    ("fisher_merging", "all: exact minus average", ABOVE, 0),
+    ("fisher_merging", "pairs: exact minus average", ABOVE, 0),
+    ("fisher_merging", "pairs tuned: exact minus average", ABOVE, 0),
+    ("model_soups", "uniform soup minus best run", NEITHER, 0),
+    ("model_soups", "greedy soup minus best run", NEITHER, 0),
+    ("weight_matching", "MLP, weights: barrier removed", ABOVE, 0.5),
+    ("weight_matching", "MLP, activations: barrier removed", ABOVE, 0.5),
+    ("weight_matching", "CNN, weights: barrier removed", ABOVE, 0.5),
+    ("weight_matching", "CNN, activations: barrier removed", ABOVE, 0.5),
+    ("weight_matching", "ResNet-8, weights: barrier removed", NEITHER, 0),
+    ("pleas", "MLP, same labels: PLeaS 1.2 minus matching 1.0", ABOVE, 0),
+    ("pleas", "CNN, same labels: PLeaS 1.2 minus matching 1.0", ABOVE, 0),
+    ("pleas", "MLP, own labels: PLeaS 1.2 minus matching 1.0", ABOVE, 0),
+    ("pleas", "CNN, own labels: PLeaS 1.2 minus matching 1.0", ABOVE, 0),
+    ("feature_merging", "MLP, decay 1: merging 0.5 minus magnitude", ABOVE, 0),
+    ("feature_merging", "CNN, decay 1: merging 0.5 minus magnitude", ABOVE, 0),
+    ("feature_merging", "MLP, decay 0.0001: merging 0.5 minus magnitude", NEITHER, 0),
+    ("learned_coefficients", "atlas by leaf minus task arithmetic", ABOVE, 0),
+    ("learned_coefficients", "search by leaf minus task arithmetic", ABOVE, 0),
+    ("learned_coefficients", "adamerging by leaf minus task arithmetic", NEITHER, 0),
+    ("opcm", "opcm minus running average", ABOVE, 0),
+    ("opcm", "opcm minus task arithmetic", ABOVE, 0),
+    ("opcm", "opcm minus rescaled sum", NEITHER, 0),
+    ("robust_weight_signatures", "same model: share restored", ABOVE, 0.5),
+    ("robust_weight_signatures", "another run: share restored", ABOVE, 0.5),
+    ("robust_weight_signatures", "fashion all: patched minus standard", BELOW, 0),
+    ("finetuning_transfer", "other tasks: transferred minus new base", ABOVE, 0),
+    ("finetuning_transfer", "all tasks: transferred minus new base", NEITHER, 0),
+    (
+        "finetuning_transfer",
+        "all tasks: transferred, 10 minus new base, 10",
+        ABOVE,
+        0,
+    ),
+    ("experts_weights_averaging", "averaged each step, minus plain", BELOW, 0),
+    ("bang", "BANG minus WiSE-FT, both chosen", NEITHER, 0),
+    ("compeft", "better base, 30% kept: expert minus dense", NEITHER, 0),
+    ("compeft", "better base, 5% kept: expert minus dense", BELOW, 0),
+    ("compeft", "better base, 20% kept: sum minus dense", NEITHER, 0),
+]
+
+
+def metrics(name):
+    """Of the last run on record."""
+    lines = (ROOT / "experiments" / "results" / f"{name}.jsonl").read_text()
+    return json.loads(lines.splitlines()[-1])["metrics"]
+
+
+@pytest.mark.parametrize(("name", "metric", "where", "null"), CLAIMS)
+def test_the_interval_is_where_the_table_says(name, metric, where, null):
+    found = metrics(name)
+    mean, half = found[metric], found[f"{metric} +-"]
+    side = ABOVE if mean - half > null else BELOW if mean + half < null else NEITHER
+    assert side == where
+
+
+@pytest.mark.parametrize(("name", "metric"), [row[:2] for row in CLAIMS])
+def test_the_readme_gives_the_number(name, metric):
+    found = metrics(name)
+    number = f"{100 * found[metric]:.1f} ± {100 * found[f'{metric} +-']:.1f}"
+    rows = (ROOT / "README.md").read_text().splitlines()
+    assert any(f"experiments/{name}.py" in r and number in r for r in rows), number
+
+
+def test_greedy_soups_and_signatures_keep_what_is_exact():
+    assert metrics("robust_weight_signatures")["restored to the bit"] == 1.0
+    assert metrics("opcm")["orders where opcm beats the average"] == 1.0
+    share = "one by one: growth per model, in models"
+    assert abs(metrics("opcm_memory")[share]) < 0.03
+
+
+def test_files_of_task_vectors_are_8_to_50_times_smaller():
+    found = metrics("compeft")
+    sizes = {v for k, v in found.items() if k.endswith("times smaller")}
+    assert min(sizes) > 8
+    assert max(sizes) > 40
