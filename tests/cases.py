@@ -65,6 +65,7 @@ class Case(NamedTuple):
     leafwise: bool = True  # a leaf's result depends on that leaf alone
     keeps_dtype: bool = True  # False: returns booleans
     exact_grad: bool = True  # False: masks, ranks and thresholds are constants to it
+    scales: bool = True  # False: `scale` is more than a factor of the result
 
 
 W = {"weights": np.array([0.5, 0.3, 0.4])}
@@ -125,6 +126,7 @@ MERGE = {
         ft.partial(merge.doge_ta, steps=3, subspace=2),
         DENSITY | SCALE | {"learning_rate": 0.02},
         leafwise=False,
+        scales=False,
     ),
     # steps
     "task_vectors": Case(merge.task_vectors, {}, models_and_base),

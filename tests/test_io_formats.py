@@ -41,7 +41,9 @@ def reference(path: Path) -> dict[str, np.ndarray]:
     if path.suffix == ".msgpack":
         tree = serialization.msgpack_restore(path.read_bytes())
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        name = lambda p: jax.tree_util.keystr(p, simple=True, separator=".")
+        swap = str.maketrans("./", "/.")  # names have dots where trees have levels
+        key = lambda k: jax.tree_util.keystr((k,), simple=True).translate(swap)
+        name = lambda p: ".".join(map(key, p))
         return {name(p): np.asarray(x) for p, x in leaves}
     with open(path, "rb") as file:  # a path would hide a failure behind a warning
         found = np.load(file)

@@ -56,7 +56,7 @@ def test_two_equal_models_merge_to_themselves(name):
     close(getattr(merge, name)(same, **MERGE[name].coefficients), model())
 
 
-SCALED = [n for n, c in MERGE.items() if "scale" in c.coefficients and n != "add"]
+SCALED = [n for n, c in MERGE.items() if "scale" in c.coefficients and c.scales]
 
 
 @pytest.mark.parametrize(

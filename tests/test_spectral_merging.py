@@ -265,7 +265,7 @@ def test_tsv_m_decorrelates():
 def test_tsv_c_is_the_best_of_its_rank(fraction):
     x = {"w": normal(3, 2, 6, 4), "b": normal(3, 4)}
     one = jax.tree.map(lambda v: v[0], x)
-    small = jit(ft.partial(merge.tsv_c, fraction=fraction))(x)
+    small = jit(lambda x: merge.tsv_c(x, fraction=fraction))(x)
     back = jit(merge.tsv_expand)(small, one)
     np.testing.assert_array_equal(back["b"], x["b"])
     rank = int(4 * fraction)
