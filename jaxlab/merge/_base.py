@@ -69,6 +69,7 @@ def add(base: Params, delta: Params, *, scale: PerModel = 1.0) -> Params:
       {'w': Array([1.5, 1.5], dtype=float32)}
     """
     tree.check_like(delta, base, name="delta")
+    wide(jax.tree.map(lambda x: jnp.asarray(x)[None], base), name="base")
     stacked = wide(jax.tree.map(lambda x: jnp.asarray(x)[None], delta), name="delta")
     factors = spread(scale, stacked, name="scale", per_model=False)
     scaled = jax.tree.map(lambda x, s: (lift(s, x) * x)[0], stacked, factors)

@@ -79,7 +79,8 @@ def frank_wolfe(
     if base is None:
         origin = jax.tree.map(lambda x: jnp.zeros_like(x[0]), corners)
     else:
-        origin = jax.tree.map(lambda b: tree.widen(jnp.asarray(b)), base)
+        alone = wide(jax.tree.map(lambda b: jnp.asarray(b)[None], base), name="base")
+        origin = jax.tree.map(lambda b: b[0], alone)
         one = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), corners
         )

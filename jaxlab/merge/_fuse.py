@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .. import tree
 from ..types import Params, PerModel, Stacked
 from ._coefficients import (
     all_ones,
@@ -101,8 +102,8 @@ def fuse(
       `[*leaf]` merged task vector, in the dtypes of `deltas`, rounded once.
 
     Raises:
-      ValueError: an unknown `mean`, or weights that sum to 0 with `mean="weight"` and
-        no `agree`.
+      ValueError: an unknown `mean`, trees that differ, or weights that sum to 0 with
+        `mean="weight"` and no `agree`.
 
     Degenerate inputs:
       An entry where nothing agrees is 0; one whose agreeing weights sum to 0 is not
@@ -122,6 +123,7 @@ def fuse(
     w = spread(weights, x, name="weights")
     s = spread(scale, x, name="scale", per_model=False)
     if agree is not None:
+        tree.check_like(agree, deltas, name="agree")
         leaf = lambda *args: _agreeing(*args, mean=mean)
         return narrow(jax.tree.map(leaf, x, w, s, agree), deltas)
     if mean == "weight":

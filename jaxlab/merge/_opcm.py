@@ -127,7 +127,7 @@ def opcm_step(
       axes: as in `opcm`.
 
     Returns:
-      The next state; `tree.add(base, state.delta)` is the merged model.
+      The next state; `merge.add(base, state.delta)` is the merged model.
 
     Raises:
       ValueError: as `opcm`, or the trees differ.

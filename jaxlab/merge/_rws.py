@@ -62,7 +62,8 @@ def rws(deltas: Stacked, standard: Params, *, where: Where | None = None) -> Sta
     """
     x = wide(deltas, name="deltas")
     x = x if where is None else tree.partition(x, where)[0]
-    base = beside(x, standard)
+    base = beside(x, standard, name="standard")
+    wide(jax.tree.map(lambda b: jnp.asarray(b)[None], base), name="standard")
     like = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), x)
     tree.check_like(base, like, name="standard")
 
@@ -161,8 +162,10 @@ def rws_unpatch(patched: Patched) -> Params:
     return _over(patched.params, jax.tree.map(back, chosen, patched.undo))
 
 
-def beside(signed: Params, params: Params) -> Params:
+def beside(signed: Params, params: Params, *, name: str = "params") -> Params:
     """The leaves of a model that are signed, None for the others."""
+    if missing := set(tree.paths(signed)) - set(tree.paths(params)):
+        raise ValueError(f"{name} has no leaf {min(missing)!r}")
     none = lambda x: x is None
     return jax.tree.map(
         lambda s, p: None if s is None else p, signed, params, is_leaf=none

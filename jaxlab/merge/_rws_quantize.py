@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .. import tree
 from ..types import Params, Stacked
 from . import _bits
 from ._coefficients import wide
@@ -98,11 +99,12 @@ def rws_dequantize(small: Quantised, like: Params) -> Stacked:
       [[0.0, 0.0, 1.0]]
     """
 
-    def leaf(planes: Array, l: Array, s: Array, one: Any) -> Array:
+    def leaf(path: str, planes: Array, l: Array, s: Array, one: Any) -> Array:
         bits, k, words = planes.shape
         if -(-one.size // _bits.WORD) != words:
             raise ValueError(
-                f"a leaf of shape {one.shape} does not fit {words} words of codes"
+                f"like differs at {path!r}: shape {one.shape} does not fit {words} "
+                f"words of codes"
             )
         code = sum(
             _bits.unpack(planes[b], (k, one.size)).astype(s.dtype) * 2**b
@@ -110,4 +112,4 @@ def rws_dequantize(small: Quantised, like: Params) -> Stacked:
         )
         return (l[:, None] + s[:, None] * code).reshape(k, *one.shape).astype(one.dtype)
 
-    return jax.tree.map(leaf, *small, beside(small.planes, like))
+    return tree.path_map(leaf, *small, beside(small.planes, like, name="like"))

@@ -74,6 +74,7 @@ def svc(
     else:
         like = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), x)
         tree.check_like(merged, like, name="merged")
+        wide(jax.tree.map(lambda m: jnp.asarray(m)[None], merged), name="merged")
         sums = jax.tree.map(lambda m, v: jnp.asarray(m).astype(v.dtype), merged, x)
 
     def matrix(v: Float[Array, "k *batch n m"], whole: Any, least: Any) -> Array:

@@ -163,6 +163,9 @@ def tsv_expand(compressed: Params, like: Params, *, axes: Axes = "nm") -> Stacke
         like: Any = jax.ShapeDtypeStruct(one.shape, whole.dtype)
         return jax.vmap(lambda w: rewrite.from_matrix(w, use, like))(whole)
 
+    whole = lambda x: isinstance(x, Factors)
+    marks = lambda x: jax.tree.map(lambda _: 0.0, x, is_leaf=whole)
+    tree.check_like(marks(compressed), marks(like), name="compressed")
     return tree.path_map(leaf, like, compressed)
 
 
