@@ -46,6 +46,10 @@ def dot_general(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Op
         )  # fmt: skip
     if summed:
         record(trace, batch + summed, over)
+        for x, free, to in ((l, lf, left), (r, rf, right)):
+            # what stays depends on nothing that was summed, even if the other
+            # operand brings it back
+            record(trace, batch + [x.axes[i] for i in free], _carried(x, to).marks)
     axes = (*batch, *(l.axes[i] for i in lf), *(r.axes[j] for j in rf))
     return [Value(shapes[0], axes, None, marks)]
 
@@ -77,10 +81,13 @@ def conv(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operand]:
             if r.axes[j] is not None:
                 pin(r.axes[j])
     channels, inputs, outputs = l.axes[lhs[1]], r.axes[rhs[1]], r.axes[rhs[0]]
+    kept = [l.axes[lhs[0]], *(axes[o] for o in out[2:])]
     if groups == 1:
         if channels is not None and inputs is not None:
             unify(channels, inputs)
             record(trace, [channels])
+            record(trace, kept)
+            record(trace, [outputs])
     else:
         group = fresh(groups)
         inputs = inputs or fresh(r.shape[rhs[1]])
@@ -90,6 +97,8 @@ def conv(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operand]:
         unify(outputs, outputs_by_group)
         outputs = outputs or outputs_by_group
         record(trace, [group, inputs])
+        record(trace, [group, *kept])
+        record(trace, [outputs])
     axes[out[0]], axes[out[1]] = l.axes[lhs[0]], outputs
     axes = [t if n != 1 else None for t, n in zip(axes, shapes[0], strict=True)]
     return [Value(shapes[0], tuple(axes))]

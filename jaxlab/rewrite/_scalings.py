@@ -177,13 +177,15 @@ def _overall(read: Reading, part: Part) -> Vector:
     """What a part does to params if it does the same to all units; else empty."""
     each: dict[tuple[int, int], int] = {}
     entries: dict[tuple[int, int], int] = {}
+    out: dict[int, int] = {}
     for number, here, _, member, exponent in changes(read, part):
-        at = number, here.axis
+        at, shape = (number, here.axis), read.params[-number - 1].shape
+        if (count := _entries(member, shape)) == math.prod(shape):
+            out[number] = out.get(number, 0) + exponent
+            continue
         if each.setdefault(at, exponent) != exponent:
             return {}
-        shape = read.params[-number - 1].shape
-        entries[at] = entries.get(at, 0) + _entries(member, shape)
-    out: dict[int, int] = {}
+        entries[at] = entries.get(at, 0) + count
     for (number, axis), exponent in each.items():
         if entries[number, axis] != math.prod(read.params[-number - 1].shape):
             return {}
