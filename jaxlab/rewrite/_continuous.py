@@ -26,10 +26,11 @@ def continuous(apply: Apply, params: Params, *inputs: Any) -> tuple[Continuous, 
     - "general linear": times an invertible matrix, as for the values of a head.
 
     Last come scales and signs of whole leaves, groups of one unit named by a leaf. What
-    follows from what is listed is not: a general linear group contains all scales.
+    follows from one that is listed is not: a general linear group contains all scales.
     Anything that is not understood is left as it is. Not found: what acts on an axis
     that no permutation may touch, as rotations within the planes of rotary embeddings;
-    shifts; and scales that are exact but for the eps of a norm.
+    shifts, as of the bias of an attention's keys; and scales that are exact but for the
+    eps of a norm.
 
     Args:
       apply: a pure function `apply(params, *inputs)` of arrays.

@@ -50,7 +50,7 @@ def transform(
         if symmetry.kind in ENTRYWISE:
             x = x * jax.lax.integer_pow(s, exponent)[..., None]
         elif symmetry.kind == "rotation" or exponent > 0:
-            x = s @ x
+            x = jnp.matmul(s, x, precision=jax.lax.Precision.HIGHEST)
         else:
             x = jnp.linalg.solve(jnp.matrix_transpose(s), x)
         leaves[member.path] = fold(leaf, member, group, x.astype(leaf.dtype))
