@@ -120,6 +120,7 @@ def reduce(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operand
 
 
 def windows(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operand]:
+    """Windows over axes: those are pinned; pooling over others passes."""
     sizes, strides = params["window_dimensions"], params["window_strides"]
     still = [n == s == 1 for n, s in zip(sizes, strides, strict=True)]
     padding = params.get("padding") or ((0, 0),) * len(sizes)
@@ -128,6 +129,7 @@ def windows(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operan
 
 
 def cumulative(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operand]:
+    """Sums from one end of an axis: order matters there."""
     return mix(trace, xs, shapes, [params["axis"]])
 
 

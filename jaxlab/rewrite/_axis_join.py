@@ -37,6 +37,7 @@ def concatenate(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Op
 
 
 def reverse(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operand]:
+    """An axis from its other end: its parts change places."""
     axes = list(xs[0].axes)
     for k in params["dimensions"]:
         term = axes[k] and find(axes[k])
@@ -108,6 +109,7 @@ def _pieces_within(x: Pieces, start: int, stop: int) -> Operand | None:
 
 
 def split(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operand]:
+    """Pieces of an axis, one after another."""
     axis, offset, out = params["axis"], 0, []
     for shape in shapes:
         start = [0] * len(shape)
@@ -120,6 +122,7 @@ def split(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operand]
 
 
 def unstack(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operand]:
+    """Every index of an axis, without the axis."""
     (x,), axis = xs, params["axis"]
     rank = len(x.shape)
     unit = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
@@ -133,6 +136,7 @@ def unstack(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operan
 
 
 def stack(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operand]:
+    """Operands along a new axis, which is pinned: each is its own."""
     del trace
     axis, shape = params["axis"], shapes[0]
     axes = xs[0].axes

@@ -29,12 +29,14 @@ def moved(
 
 
 def transpose(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operand]:
+    """Axes in another order."""
     del trace
     order = params["permutation"]
     return [moved(xs[0], shapes[0], order, ("transpose", order))]
 
 
 def broadcast(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operand]:
+    """New and lengthened axes hold equal entries: they are free."""
     del trace
     (x, *_), (shape,) = xs, shapes
     sources: list[int | None] = [None] * len(shape)
@@ -46,6 +48,7 @@ def broadcast(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Oper
 
 
 def squeeze(trace: Trace, params: dict, xs: list, shapes: Shapes) -> list[Operand]:
+    """Axes of length 1 are left out."""
     del trace
     rank = len(xs[0].shape)
     gone = {d % rank for d in params["dimensions"]}
