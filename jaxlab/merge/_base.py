@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from .. import tree
 from ..types import Params, PerModel, Stacked
-from ._coefficients import lift, narrow, spread, wide
+from ._coefficients import lift, narrow, spread, wide, wide_one
 
 
 def task_vectors(models: Stacked, base: Params) -> Stacked:
@@ -69,8 +69,9 @@ def add(base: Params, delta: Params, *, scale: PerModel = 1.0) -> Params:
       {'w': Array([1.5, 1.5], dtype=float32)}
     """
     tree.check_like(delta, base, name="delta")
-    wide(jax.tree.map(lambda x: jnp.asarray(x)[None], base), name="base")
-    stacked = wide(jax.tree.map(lambda x: jnp.asarray(x)[None], delta), name="delta")
+    wide_one(base, name="base")
+    alone = wide_one(delta, name="delta")
+    stacked = jax.tree.map(lambda x: x[None], alone)
     factors = spread(scale, stacked, name="scale", per_model=False)
     scaled = jax.tree.map(lambda x, s: (lift(s, x) * x)[0], stacked, factors)
     return jax.tree.map(_plus, base, scaled)

@@ -47,6 +47,12 @@ def wide(stacked: Stacked, *, name: str, k: int | None = None) -> Stacked:
     return out
 
 
+def wide_one(params: Params, *, name: str) -> Params:
+    """One model in at least float32; raises where it is not of floats."""
+    alone = wide(jax.tree.map(lambda x: jnp.asarray(x)[None], params), name=name)
+    return jax.tree.map(lambda x: x[0], alone)
+
+
 def narrow(out: Params, like: Stacked) -> Params:
     """Rounds a result, once, to the dtypes of the tree it was made from."""
     return jax.tree.map(lambda y, x: y.astype(x.dtype), out, like)

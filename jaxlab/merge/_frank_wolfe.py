@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from .. import tree
 from ..types import Params, Stacked
-from ._coefficients import models as count, narrow, wide
+from ._coefficients import models as count, narrow, wide, wide_one
 from ._learn import Learned, Loss
 from ._loop import loop
 from ._task_arithmetic import task_arithmetic
@@ -79,8 +79,7 @@ def frank_wolfe(
     if base is None:
         origin = jax.tree.map(lambda x: jnp.zeros_like(x[0]), corners)
     else:
-        alone = wide(jax.tree.map(lambda b: jnp.asarray(b)[None], base), name="base")
-        origin = jax.tree.map(lambda b: b[0], alone)
+        origin = wide_one(base, name="base")
         one = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), corners
         )

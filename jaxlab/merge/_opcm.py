@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from .. import tree
 from ..types import Params, PerModel, Stacked
-from ._coefficients import narrow, slices, spread, total, wide
+from ._coefficients import narrow, slices, spread, total, wide, wide_one
 from ._gram import root
 from ._matrices import Axes, per_matrix
 from ._svd import product, significant, svd, t
@@ -148,8 +148,8 @@ def opcm_step(
     """
     tree.check_like(delta, state.delta, name="delta")
     stacked = jax.tree.map(lambda x: x[None], state.delta)
-    new = wide(jax.tree.map(lambda x: jnp.asarray(x)[None], delta), name="delta")
-    new = jax.tree.map(lambda d, x: d[0].astype(x.dtype), new, state.delta)
+    new = wide_one(delta, name="delta")
+    new = jax.tree.map(lambda d, x: d.astype(x.dtype), new, state.delta)
     part = spread(
         alpha, stacked, name="alpha", valid=lambda a: (a >= 0) & (a <= 1),
         expected="in [0, 1]", per_model=False,

@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from .. import tree
 from ..types import Params, PerModel, Stacked, Where
-from ._coefficients import mix, narrow, rows, slices, spread, wide
+from ._coefficients import mix, narrow, rows, slices, spread, wide, wide_one
 
 
 class Patched(NamedTuple):
@@ -63,7 +63,7 @@ def rws(deltas: Stacked, standard: Params, *, where: Where | None = None) -> Sta
     x = wide(deltas, name="deltas")
     x = x if where is None else tree.partition(x, where)[0]
     base = beside(x, standard, name="standard")
-    wide(jax.tree.map(lambda b: jnp.asarray(b)[None], base), name="standard")
+    wide_one(base, name="standard")
     like = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), x)
     tree.check_like(base, like, name="standard")
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from .. import tree
 from ..types import Params, PerModel, Stacked
-from ._coefficients import narrow, slices, spread, total, wide
+from ._coefficients import narrow, slices, spread, total, wide, wide_one
 from ._matrices import Axes, per_matrix
 from ._svd import product, svd, t
 
@@ -74,8 +74,8 @@ def svc(
     else:
         like = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), x)
         tree.check_like(merged, like, name="merged")
-        wide(jax.tree.map(lambda m: jnp.asarray(m)[None], merged), name="merged")
-        sums = jax.tree.map(lambda m, v: jnp.asarray(m).astype(v.dtype), merged, x)
+        whole = wide_one(merged, name="merged")
+        sums = jax.tree.map(lambda m, v: m.astype(v.dtype), whole, x)
 
     def matrix(v: Float[Array, "k *batch n m"], whole: Any, least: Any) -> Array:
         u, _, _ = svd(t(whole))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from .. import tree
 from ..types import Params, PerModel, Stacked
-from ._coefficients import lift, narrow, slices, spread, total, wide
+from ._coefficients import lift, narrow, slices, spread, total, wide, wide_one
 from ._fuse import Consensus
 from ._ties import ties
 from ._trim import Per
@@ -58,8 +58,7 @@ def tall_masks(
     else:
         one = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), x)
         tree.check_like(merged, one, name="merged")
-        stack = jax.tree.map(lambda m: jnp.asarray(m)[None], merged)
-        whole = jax.tree.map(lambda m: m[0], wide(stack, name="merged"))
+        whole = wide_one(merged, name="merged")
     bounds = spread(
         threshold, x, name="threshold", valid=lambda t: t >= 0, expected="at least 0"
     )

@@ -12,7 +12,6 @@ from ._select import Search
 from ._split import Stat
 
 ROOM = 1 << 24  # values that the searches of a stage may keep
-_SAMPLE = 1 << 20  # values that a search is narrowed by
 
 Blocks = Callable[[int, bool], Iterator[tuple[int, Sequence[Any]]]]
 """`blocks(leaf, sample)` yields (first row, the leaf's inputs cut to a block)."""
