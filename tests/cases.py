@@ -55,6 +55,12 @@ def regmean(models, grams, **options):
     return merge.regmean(models, by_path, uses=uses, **options)
 
 
+def close(a, b, tolerance=1e-6):
+    """Leaf by leaf, two trees are equal within a tolerance."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
 class Case(NamedTuple):
     """How a public function is called, and what it promises beyond the usual."""
 

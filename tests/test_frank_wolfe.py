@@ -1,6 +1,6 @@
 """Frank-Wolfe merging against the theory of Frank-Wolfe."""
 
-from cases import model, stacked
+from cases import close, model, stacked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +10,6 @@ from jaxlab import merge, tree
 
 each = jax.tree.map
 ONE = jnp.zeros((1, 1))
-
-
-def close(a, b, tolerance=1e-6):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
 def to(target):

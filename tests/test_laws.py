@@ -2,7 +2,7 @@
 
 import functools as ft
 
-from cases import MERGE, model, stacked
+from cases import MERGE, close, model, stacked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +12,6 @@ from jaxlab import merge, tree
 
 KEY = jax.random.key(7)
 each = jax.tree.map
-
-
-def close(a, b, tolerance=1e-6):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
 def first(stack):

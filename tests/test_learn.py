@@ -2,7 +2,7 @@
 
 import functools as ft
 
-from cases import model, stacked
+from cases import close, model, stacked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +18,6 @@ each = jax.tree.map
 def normal(*shape, seed=0):
     """Float32 draws that cost no compilation."""
     return jnp.float32(np.random.default_rng(seed).standard_normal(shape))
-
-
-def close(a, b, tolerance=1e-6):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
 def square(params, target):

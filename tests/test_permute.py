@@ -79,21 +79,31 @@ def coordinate(position, steps):
     return position, tuple(rest)
 
 
-def reference(x, member, table):
-    """The leaf with a member permuted, entry by entry."""
-    at = [coordinate(i, member.place.steps) for i in range(x.shape[member.place.axis])]
+def coordinates(x, member):
+    """The unit, and where in it, of every position along a member's axis."""
+    place = member.place
+    return [coordinate(i, place.steps) for i in range(x.shape[place.axis])]
+
+
+def entries(x, member):
+    """Each entry of a member: its index, its coordinate, and what it may depend on."""
+    at = coordinates(x, member)
     pers = [
         [coordinate(i, p.steps) for i in range(x.shape[p.axis])] for p in member.per
     ]
-    out = x.copy()
     for index in itertools.product(*map(range, x.shape)):
         here = at[index[member.place.axis]]
         by = [c[index[p.axis]] for c, p in zip(pers, member.per, strict=True)]
-        if here is None or None in by:
-            continue
-        unit, rest = here
+        if here is not None and None not in by:
+            yield index, here, tuple(c[0] for c in by)
+
+
+def reference(x, member, table):
+    """The leaf with a member permuted, entry by entry."""
+    at, out = coordinates(x, member), x.copy()
+    for index, (unit, rest), by in entries(x, member):
         old = list(index)
-        moved = int(table[(*(c[0] for c in by), unit)]), rest
+        moved = int(table[(*by, unit)]), rest
         old[member.place.axis] = at.index(moved)
         out[index] = x[tuple(old)]
     return out

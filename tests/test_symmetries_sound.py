@@ -1,13 +1,12 @@
 """What rewrite.symmetries and continuous find in random programs is true of them."""
 
 import functools as ft
-import itertools
 
 from hypothesis import given, settings, strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-from test_permute import coordinate, reference
+from test_permute import coordinates, entries, reference
 
 from jaxlab import rewrite
 from jaxlab.rewrite._transform import drawn
@@ -140,17 +139,9 @@ def program(names, first):
 
 def acted(x, *, member, exponent, values, kind):
     """The leaf with a member scaled or mixed, entry by entry."""
-    at = [coordinate(i, member.place.steps) for i in range(x.shape[member.place.axis])]
-    pers = [
-        [coordinate(i, p.steps) for i in range(x.shape[p.axis])] for p in member.per
-    ]
-    out = x.copy()
-    for index in itertools.product(*map(range, x.shape)):
-        here = at[index[member.place.axis]]
-        by = [c[index[p.axis]] for c, p in zip(pers, member.per, strict=True)]
-        if here is None or None in by:
-            continue
-        (unit, rest), s = here, values[tuple(c[0] for c in by)]
+    at, out = coordinates(x, member), x.copy()
+    for index, (unit, rest), by in entries(x, member):
+        s = values[by]
         if s.ndim == 1:
             out[index] *= s[unit] ** float(exponent)
             continue

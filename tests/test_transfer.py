@@ -2,7 +2,7 @@
 
 import functools as ft
 
-from cases import model, stacked
+from cases import close, model, stacked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +12,6 @@ from jaxlab import measure, merge, tree
 
 each = jax.tree.map
 jit = ft.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def close(a, b, tolerance=1e-6):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
 def test_transfer_adds_the_diff_vector_to_the_target():

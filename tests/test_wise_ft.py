@@ -1,6 +1,6 @@
 """WiSE-FT's path, and what BANG and its data set are made of."""
 
-from cases import stacked
+from cases import close, stacked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +11,6 @@ from jaxlab.data import _mixup, _multicolor
 
 KEY = jax.random.key(3)
 each = jax.tree.map
-
-
-def close(a, b, tolerance=1e-6):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
 def test_wise_ft_is_a_straight_path_between_the_models():
