@@ -329,6 +329,35 @@ def test_a_batch_norm_by_the_stored_statistics_of_a_batch_is_that_of_training():
     close(fast(net.apply)(params | stored, IMAGES), train(params))
 
 
+def test_a_small_transformer_attends_over_its_patches():
+    """Equal to the formula with its layers unrolled; tokens are patches in order."""
+    net = nn.small_vit(size=4, patch=2, width=6, heads=2, depth=2, outputs=3)
+    p, x = net.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, 4, 4))
+    h = jnp.stack([x[:, i : i + 2, j : j + 2] for i in (0, 2) for j in (0, 2)], 1)
+    h = h.reshape(2, 4, 4) @ p["embed"]["kernel"] + p["position"][None]
+    normed = lambda v: (
+        (v - v.mean(-1, keepdims=True)) / jnp.sqrt(v.var(-1, keepdims=True) + 1e-6)
+    )
+    for i in range(2):
+        w = jax.tree.map(lambda v, i=i: v[i], p["layers"])
+        y, heads = normed(h), []
+        for head in range(2):
+            q, k, v = (
+                y @ w["attention"][n]["kernel"][:, head]
+                for n in ("query", "key", "value")
+            )
+            mixed = jax.nn.softmax(q @ k.mT / jnp.sqrt(3.0)) @ v
+            heads.append(mixed @ w["attention"]["out"]["kernel"][head])
+        h = h + heads[0] + heads[1]
+        h = h + jax.nn.gelu(normed(h) @ w["up"]["kernel"]) @ w["down"]["kernel"]
+    np.testing.assert_allclose(nn.small_vit_features(p, x), normed(h), 1e-4, 1e-5)
+    want = normed(h).mean(1) @ p["head"]["kernel"]
+    np.testing.assert_allclose(net.apply(p, x), want, 1e-4, 1e-5)
+    assert nn.small_vit_apply is net.apply
+    with pytest.raises(ValueError, match="patch 3 of 4"):
+        nn.small_vit(size=4, patch=3)
+
+
 def test_small_networks_are_what_they_say():
     net = nn.mlp((2, 3, 1))
     params = {

@@ -23,6 +23,11 @@ from ._small import (
     mlp as mlp,
     mlp_apply as mlp_apply,
 )
+from ._small_vit import (
+    small_vit as small_vit,
+    small_vit_apply as small_vit_apply,
+    small_vit_features as small_vit_features,
+)
 from ._vit import vit as vit
 
 
