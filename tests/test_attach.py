@@ -200,7 +200,10 @@ def test_a_small_update_is_lost_in_bfloat16_and_kept_in_float32():
         ({"where": "out", "adapter": lowrank.lora(rank=9)}, r"'out': rank 9 is above"),
         ({"where": None, "adapter": {"x/*": LORA}}, "chooses no leaf"),
         ({"where": None, "adapter": {"out": LORA, "x/*": LORA}}, r"pattern 'x/\*'"),
-        ({"where": "out", "statistics": {}}, "statistics has nothing for 'out'"),
+        (
+            {"where": "out", "adapter": lowrank.corda(rank=1), "statistics": {"x": 1}},
+            "corda starts from data: statistics has nothing for 'out'",
+        ),
     ],
 )
 def test_bad_choices_are_named(options, message):
@@ -215,6 +218,8 @@ def test_another_base_and_folding_twice_are_refused():
     folded = lowrank.fold(params, state)
     with pytest.raises(ValueError, match="another base, or one it was folded into"):
         lowrank.fold(folded, state)
+    with pytest.raises(ValueError, match="another base, or one it was folded into"):
+        jit(lambda s: lowrank.fold(folded, s))(state)
     other = params | {"out": jnp.zeros((4, 3, 8))}
     with pytest.raises(ValueError, match=r"'out' has shape \(4, 3, 8\)"):
         lowrank.fold(other, state)

@@ -8,8 +8,10 @@ from jaxtyping import DTypeLike
 
 from .. import rewrite, tree
 from ..types import Params
-from ._attach import Adapted, biased, joined, lead, mapped, method
-from ._state import Place, State, check_base
+from ._adapted import Adapted, biased, joined
+from ._places import lead, mapped, method
+from ._quantized import dense_leaf
+from ._state import Place, State, check_base, structure
 
 
 def fold(
@@ -54,12 +56,13 @@ def fold(
     leaves = check_base(params, state.spec)
     entries = joined(state, adapted)
     for place in state.spec.places:
-        s, w = entries[place.path], leaves[place.path]
+        s, w = entries[place.path], dense_leaf(leaves[place.path])
         leaves[place.path] = merged(place, w, s).astype(dtype or w.dtype)
         if place.bias is not None:
             b = biased(place, leaves[place.bias], s)
             leaves[place.bias] = b.astype(dtype or b.dtype)
-    return jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
+    plain = [dense_leaf(leaf) for leaf in leaves.values()]
+    return jax.tree.unflatten(structure(params), plain)
 
 
 def kept(params: Params, state: State) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def fold_error(
     leaves, entries = check_base(params, state.spec), joined(state, adapted)
     out = {}
     for place in state.spec.places:
-        w = leaves[place.path]
+        w = dense_leaf(leaves[place.path])
         wide = tree.widen(w)
         update = merged(place, wide, entries[place.path]) - wide
         lost = tree.widen((wide + update).astype(w.dtype)) - wide - update

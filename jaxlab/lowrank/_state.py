@@ -9,11 +9,11 @@ import jax
 from jax import Array
 from jax.core import Tracer
 import jax.numpy as jnp
-import numpy as np
 
 from .. import tree
 from ..rewrite import Use
 from ..types import Adapter, Params
+from ._quantized import dense_leaf, is_quantized
 
 Entries = dict[str, dict[str, Any]]
 
@@ -68,8 +68,20 @@ class State:
 
 
 def by_path(params: Params) -> dict[str, Any]:
-    """The leaves of a model by their slash paths."""
-    return dict(zip(tree.paths(params), jax.tree.leaves(params), strict=True))
+    """The leaves of a model by their slash paths; a quantized leaf is one."""
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    return dict(zip(tree.paths(plain_shapes(params)), leaves, strict=True))
+
+
+def structure(params: Params) -> Any:
+    """The tree of a model, a quantized leaf counting as one."""
+    return jax.tree.structure(params, is_leaf=is_quantized)
+
+
+def plain_shapes(params: Params) -> Params:
+    """A model with only the shape and dtype of each quantized leaf."""
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized(x) else x
+    return jax.tree.map(shape, params, is_leaf=is_quantized)
 
 
 def fingerprint(leaves: dict[str, Any]) -> str:
@@ -82,8 +94,9 @@ def fingerprint(leaves: dict[str, Any]) -> str:
         return ""
     digest = hashlib.sha256()
     for path, x in sorted(leaves.items()):
-        total = int(_checksum(jnp.asarray(x)))
-        digest.update(f"{path}{np.shape(x)}{total};".encode())
+        with jax.ensure_compile_time_eval():  # the base may be a constant of a jit
+            total = int(_checksum(jnp.asarray(dense_leaf(x))))
+        digest.update(f"{path}{tuple(x.shape)}{total};".encode())
     return digest.hexdigest()[:16]
 
 
@@ -105,7 +118,7 @@ def check_base(params: Params, spec: Spec) -> dict[str, Any]:
     for place in spec.places:
         if place.path not in leaves:
             raise ValueError(f"the adapter is for {place.path!r}, which is no leaf")
-        shape = tuple(np.shape(leaves[place.path]))
+        shape = tuple(leaves[place.path].shape)
         if shape != place.shape:
             raise ValueError(
                 f"{place.path!r} has shape {shape}, but the adapter was made for one "
