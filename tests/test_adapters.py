@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab import lowrank
+from jaxlab import lowrank, rewrite, tree
 
 ROOT = Path(__file__).parents[1]
 names = pytest.mark.parametrize("name", ADAPTERS)
@@ -102,9 +102,16 @@ def test_the_key_decides_and_gradients_are_finite(name):
         assert all(np.abs(v).max() > 0 for v in jax.tree.leaves(slopes))
 
 
-def attached(name, form="substituted"):
-    """The model with every form of leaf, the adapter on each, off its start."""
+@ft.cache
+def model():
+    """The model with every form of leaf, and its function compiled once."""
     apply, params, inputs = everything()
+    return apply, jit(apply), params, inputs
+
+
+def attached(name):
+    """The adapter on every form of leaf, off its start."""
+    apply, plain, params, inputs = model()
     row, key = ADAPTERS[name], jax.random.key(3)
     statistics = None
     if row.statistic is not None:
@@ -116,18 +123,15 @@ def attached(name, form="substituted"):
         *inputs,
         where=lambda path, _: path in MATRICES,
         key=key,
-        form=form,
         statistics=statistics,
     )
     adapter = row.make()
     drawn = {p: moved(adapter, s, 5, 0.1) for p, s in state.leaves.items()}
     common = {p: moved(adapter, s, 6, 0.1) for p, s in state.shared.items()}
-    return apply, params, inputs, adapted, state.replace(leaves=drawn, shared=common)
+    return plain, params, inputs, adapted, state.replace(leaves=drawn, shared=common)
 
 
 def _statistics(apply, params, inputs, statistic):
-    from jaxlab import rewrite, tree
-
     leaves = dict(zip(tree.paths(params), jax.tree.leaves(params), strict=True))
     uses = rewrite.uses(apply, params, *inputs)
     out = {}
@@ -143,10 +147,10 @@ def _statistics(apply, params, inputs, statistic):
 @names
 def test_on_every_form_of_leaf(name):
     """Substituted in the program as merged in it and as folded beforehand."""
-    apply, params, inputs, adapted, state = attached(name)
+    plain, params, inputs, adapted, state = attached(name)
     got = jit(adapted)(params, state, *inputs)
     assert np.isfinite(got).all()
-    assert np.abs(got - apply(params, *inputs)).max() > 1e-4
+    assert np.abs(got - plain(params, *inputs)).max() > 1e-4
     if ADAPTERS[name].folds:
         folded = jit(lambda p, s: lowrank.fold(p, s, adapted))(params, state)
-        close(got, jit(apply)(folded, *inputs), 5e-5)
+        close(got, plain(folded, *inputs), 5e-5)

@@ -202,7 +202,7 @@ def test_a_small_update_is_lost_in_bfloat16_and_kept_in_float32():
         ({"where": None, "adapter": {"out": LORA, "x/*": LORA}}, r"pattern 'x/\*'"),
         (
             {"where": "out", "adapter": lowrank.corda(rank=1), "statistics": {"x": 1}},
-            "corda starts from data: statistics has nothing for 'out'",
+            "'out': corda needs statistics=",
         ),
     ],
 )

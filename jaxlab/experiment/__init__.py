@@ -1,5 +1,10 @@
 """What every experiment shares: training, accuracy, intervals, and the record kept."""
 
+from ._adapt import (
+    Adaptation as Adaptation,
+    adaptation as adaptation,
+    pretrained as pretrained,
+)
 from ._examples import (
     batches as batches,
     examples as examples,

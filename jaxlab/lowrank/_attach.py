@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import inspect
+import math
 from typing import Any
 
 import jax
@@ -96,7 +97,7 @@ def _statistic(place: Place, statistics: Mapping[str, Any]) -> tuple[Any, ...]:
     accepted = list(inspect.signature(place.adapter.init).parameters.values())[2:]
     if accepted and place.path in statistics:
         return (statistics[place.path],)
-    if accepted and accepted[0].default is inspect.Parameter.empty:
+    if accepted and accepted[0].default is accepted[0].empty:
         raise ValueError(
             f"{method(place.adapter)} starts from data: statistics has nothing for "
             f"{place.path!r}"
@@ -128,9 +129,10 @@ def _shared(places: tuple[Place, ...], key: Array) -> tuple[Entries, Entries]:
         name = method(adapter)
         if name in trained:
             raise ValueError(f"two {name} adapters of other options share one state")
-        mine = [p.use for p in places if p.adapter == adapter and p.use is not None]
+        mine = [(p, p.use) for p in places if p.adapter == adapter and p.use]
+        sizes = [sides(use) for p, use in mine for _ in range(math.prod(lead(p)))]
         number = jax.random.fold_in(key, tree.path_number(name))
         assert adapter.shared is not None
-        s = adapter.shared(number, tuple(sides(u) for u in mine))
+        s = adapter.shared(number, tuple(sizes))
         trained[name], fixed[name] = _parted(adapter, s)
     return trained, fixed

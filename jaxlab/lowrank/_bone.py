@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ..types import Adapter
 from ._operands import dense, is_float, like, rows
-from ._rank import check_rank, plus, wide
+from ._rank import check_least, plus, wide
 
 Form = Literal["column", "row"]
 
@@ -47,7 +47,7 @@ def bone(*, block: int, form: Form = "column") -> Adapter:
       >>> adapter.init(jax.random.key(0), jnp.ones((6, 4)))["c"].shape
       (3, 2, 2)
     """
-    check_rank(block)
+    check_least("block", block)
     if form not in ("column", "row"):
         raise ValueError(f"form must be 'column' or 'row', got {form!r}")
     axis = "b" if form == "row" else "a"

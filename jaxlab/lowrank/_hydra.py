@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ..types import Adapter
 from ._operands import like
-from ._rank import check_rank, plus, wide
+from ._rank import check_least, check_rank, plus, wide
 
 
 def hydra(
@@ -50,7 +50,7 @@ def hydra(
     """
     second = rank if sequential_rank is None else sequential_rank
     check_rank(rank)
-    check_rank(second)
+    check_least("sequential_rank", second)
 
     def init(key: Array, w: Array) -> dict[str, Any]:
         (n, m), dtype = w.shape, wide(w)

@@ -32,7 +32,7 @@ def lora(
       rank: r, from 1 to min(n, m).
       alpha: the scale's numerator; `rank` by default, a scale of 1.
       rslora: divide by $\sqrt{r}$ in place of r (rank-stabilised LoRA).
-      bias: also train a bias, added to the layer's own.
+      bias: also train a bias; times the scale, it is added to the layer's own.
       frozen_a: train B alone (LoRA-FA), which also keeps no full activations for the
         backward pass.
       start: how A is drawn: "uniform" from $\pm 1/\sqrt{n}$; "gaussian", of standard

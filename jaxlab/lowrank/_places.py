@@ -69,10 +69,10 @@ def matrix_use(path: str, uses: Sequence[rewrite.Use]) -> rewrite.Use:
 def _bias(place: Place, leaves: dict[str, Any]) -> str | None:
     """The leaf beside a weight that is named as a bias and has one entry per output."""
     assert place.use is not None
-    parent = place.path.rpartition("/")[0]
+    parent = _parent(place.path)[0]
     size = math.prod(lead(place)) * sides(place.use)[1]
     for other, leaf in leaves.items():
-        above, _, name = other.rpartition("/")
+        above, name = _parent(other)
         shape = math.prod(leaf.shape)
         if above == parent and (name == "b" or "bias" in name) and shape == size:
             return other
@@ -90,6 +90,12 @@ def named(path: str, fn: Callable[..., Any], *args: Any) -> Any:
 def method(adapter: Adapter) -> str:
     """The name of an adapter's method."""
     return adapter.config[0] if adapter.config else "adapter"
+
+
+def _parent(path: str) -> tuple[str, str]:
+    """What stands before the last slash or dot of a path, and what behind."""
+    at = max(path.rfind("/"), path.rfind("."))
+    return path[: max(at, 0)], path[at + 1 :]
 
 
 def lead(place: Place) -> tuple[int, ...]:

@@ -182,8 +182,8 @@ def _largest(flat: Array, count: Array) -> Array:
     below = -tree.kth_largest(jnp.maximum(-flat, 0), total - count + 1)
     least = jnp.where(above > 0, above, below)
     more, equal = flat > least, flat == least
-    left = count - jnp.sum(more)
-    return more | (equal & (jnp.cumsum(equal) <= left))
+    left = count - jnp.sum(more, dtype=jnp.int32)
+    return more | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= left))
 
 
 def _forward(scores: Array, sparsity: Array) -> tuple[Array, Array]:

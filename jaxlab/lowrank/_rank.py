@@ -7,10 +7,15 @@ from jax import Array
 import jax.numpy as jnp
 
 
+def check_least(name: str, value: int) -> None:
+    """Raises unless an option is at least 1."""
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def check_rank(rank: int, w: Array | None = None) -> None:
     """Raises unless 1 <= rank, and rank <= min(n, m) where the weight is given."""
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    check_least("rank", rank)
     if w is not None and rank > min(w.shape):
         n, m = w.shape
         raise ValueError(f"rank {rank} is above min(n, m) of a weight [{n}, {m}]")

@@ -1,6 +1,7 @@
 """Low-rank updates that start at a part of the weight itself: PiSSA and its kin."""
 
 from collections.abc import Callable
+import inspect
 from typing import Any
 
 import jax
@@ -33,12 +34,18 @@ def shifted(
     if scale <= 0:
         raise ValueError(f"alpha must be above 0 for {name}, got {alpha}")
 
-    def init(key: Array, w: Array, *statistic: Array) -> dict[str, Any]:
+    def first(key: Array, w: Array, *statistic: Array) -> dict[str, Any]:
         check_rank(rank, w)
         dtype = wide(w)
         a, b = start(key, w.astype(dtype), scale, *statistic)
         a, b = a.astype(dtype), b.astype(dtype)
         return {"a": a, "b": b, "a0": a, "b0": b}
+
+    def init(key: Array, w: Array) -> dict[str, Any]:
+        return first(key, w)
+
+    def init_from(key: Array, w: Array, statistic: Any = None) -> dict[str, Any]:
+        return first(key, w, statistic)
 
     def apply(x: Any, w: Any, s: dict[str, Any]) -> Array:
         a, b = pair(s)
@@ -48,7 +55,9 @@ def shifted(
         return plus(w, scale * (product(s["a"], s["b"]) - product(s["a0"], s["b0"])))
 
     config = (("rank", rank), ("scale", scale), ("rslora", rslora), *options)
-    return Adapter(init, apply, merge, fixed=("a0", "b0"), config=(name, *config))
+    from_data = len(inspect.signature(start).parameters) > 3
+    begin = init_from if from_data else init
+    return Adapter(begin, apply, merge, fixed=("a0", "b0"), config=(name, *config))
 
 
 def pair(s: dict[str, Any]) -> Factors:

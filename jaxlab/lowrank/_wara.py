@@ -131,8 +131,9 @@ def wara(
       Heidari et al., 2025, "WaRA: Wavelet Low Rank Adaptation",
       https://arxiv.org/abs/2506.24092. The update of the first version, in the
       wavelet domain of the weight; `shared` is its figure, the transform of the
-      layer's features with one pair for all bands, which is a weight too. Boundaries
-      are periodic.
+      layer's features with one pair for all bands, which is a weight too; features go
+      through the adjoint of the synthesis, which is the transform itself where the
+      wavelet is orthonormal and the side even. Boundaries are periodic.
 
     Example:
       >>> adapter = wara(rank=1, wavelet="db2")
