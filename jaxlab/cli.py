@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from . import __version__, _console
+from ._adapter_command import adapters
 from ._command import DryRun, Json, Model, Quiet, Resume, Seed, ShardSize, reported
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 recipes = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(recipes, name="recipe", help="Work with merge recipes.")
+app.add_typer(adapters, name="adapter", help="Work with adapters: LoRA and its kin.")
 
 
 def main() -> None:
