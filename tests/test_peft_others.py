@@ -671,7 +671,7 @@ def test_tied_tinyloras_share_with_their_neighbours():
     assert groups == [(0, 2), (1, 2), (1, 2)]
     with pytest.raises(ValueError, match="ties neighbours"):
         KINDS["TINYLORA"].fields(lowrank.tinylora(groups=2))
-    with pytest.raises(ValueError, match="not among the adapted layers"):
+    with pytest.raises(ValueError, match="the order of the layers is not known"):
         KINDS["TINYLORA"].adapter(config, Layer("a", 6, 4))
 
 
