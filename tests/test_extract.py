@@ -75,13 +75,19 @@ def test_a_change_of_known_rank_is_recovered_on_any_leaf(exact):
     jax.tree.map(
         ft.partial(close, tolerance=3e-5), jit(lowrank.fold)(BASE, got.state), tuned
     )
-    adapters = {p.path: p.adapter for p in got.state.spec.places}
-    adapted, _ = lowrank.attach(model, BASE, adapters, x, key=KEY)
-    close(jit(adapted)(BASE, got.state, x), jit(model)(tuned, x), 1e-4)
     few = lowrank.extract(BASE, tuned, uses, rank=1, exact=True, rest="skip")
     assert isinstance(few, lowrank.Extracted)
     assert few.skipped == ("dense/bias", "scale")
     close(few.energy["dense/kernel"], 36 / 49)  # 1 of 1 + 1/4 + 1/9
+
+
+def test_the_adapters_run_in_the_model():
+    tuned, x = trained(), normal(4, 60)
+    uses = rewrite.uses(model, BASE, x)
+    got = lowrank.extract(BASE, tuned, uses, energy=0.9999, exact=True)
+    adapters = {p.path: p.adapter for p in got.state.spec.places}
+    adapted, _ = lowrank.attach(model, BASE, adapters, x, key=KEY)
+    close(jit(adapted)(BASE, got.state, x), jit(model)(tuned, x), 1e-4)
 
 
 def test_what_two_trainings_changed_adds_up():

@@ -11,7 +11,7 @@ import pytest
 from jaxlab import lowrank, merge
 from jaxlab.rewrite import Use
 
-LOW_RANK = ("lora/rslora", "pissa", "mica", "adalora", "kasa", "dora", "lora_gain")
+LOW_RANK = ("lora/rslora", "pissa", "adalora", "kasa", "dora", "lora_gain")
 SHAPES = {"dense": (8, 6), "dense_bias": (6,), "layers": (3, 8, 8), "norm": (8,)}
 BASE = {
     p: np.random.default_rng(0).normal(size=s, scale=0.5) for p, s in SHAPES.items()
@@ -245,13 +245,16 @@ def test_cores_are_those_of_the_authors():
 def test_what_has_no_matrix_is_merged_beside_the_cores():
     """Zeros where a state has no such part; ties of all leaves share one threshold."""
     _, updates, _ = pair()
-    seen = {}
+    ties = ft.partial(merge.ties, density=0.5)
 
-    def method(tree):
-        seen.update(tree)
-        return merge.ties(tree, density=0.5)
+    @jit
+    def run(updates):
+        seen = []
+        method = lambda tree: (seen.append(tree), ties(tree))[1]
+        got = lowrank.combine(updates, method=method)
+        return got, seen[0], ties(seen[0]), merge.trim(seen[0], density=0.5)
 
-    got = lowrank.combine(updates, method=method)
+    got, seen, want, trimmed = run(updates)
     shapes = jax.tree.map(jnp.shape, seen)
     assert shapes["bias"] == {"dense": (2, 6)}
     assert shapes["gain"] == {"layers": (2, 3, 8)}
@@ -259,11 +262,10 @@ def test_what_has_no_matrix_is_merged_beside_the_cores():
     assert shapes["update"] == {"dense": (2, 5, 5), "layers": (2, 3, 6, 6)}
     assert not seen["bias"]["dense"][1].any()
     assert not seen["gain"]["layers"][1].any()
-    want = merge.ties(seen, density=0.5)
     for name in ("bias", "gain", "delta"):
         for path, v in want[name].items():
             np.testing.assert_array_equal(getattr(got[path], name), v)
-    kept = [np.count_nonzero(v) for v in jax.tree.leaves(merge.trim(seen, density=0.5))]
+    kept = [np.count_nonzero(v) for v in jax.tree.leaves(trimmed)]
     assert sum(kept) == 2 * (sum(v[0].size for v in jax.tree.leaves(seen)) // 2)
 
 

@@ -18,11 +18,12 @@ from ..lowrank._state import fingerprint
 from ..types import Where
 from . import _peft_config as configs, _peft_folder as folders
 from ._atomic import vacant
-from ._checkpoint import Checkpoint, Tensor
+from ._checkpoint import Checkpoint, Tensor, aligned
 from ._names import to_path
 from ._peft_layers import joint_print
 from ._run import Progress, is_float, open_model, silent
 
+BUFFER = 2**25  # bytes of a tensor up to which its memory is used again
 _TABLE = re.compile(r"(^|[._])(embed\w*|\w+_embeddings?|wte|wpe|shared)(\.|$)")
 """Modules that are looked up: they are no linear layers to PEFT."""
 
@@ -153,13 +154,13 @@ def _one(
     elif not linear:
         found.whole.append(base.name)
     else:
-        name = base.name
+        name, old, new = base.name, jax.device_put(w), jax.device_put(v)
         try:
-            b, a, found.energy[name] = lora_factors(w, v, search, key)
+            b, a, found.energy[name] = lora_factors(old, new, search, key)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from None
         found.ranks[name] = a.shape[0]
-        found.prints[module] = fingerprint({"": w})
+        found.prints[module] = fingerprint({"": old})
         prefix = f"{folders.MODEL}{module}"
         found.tensors[f"{prefix}.lora_A.weight"] = np.asarray(a)
         found.tensors[f"{prefix}.lora_B.weight"] = np.asarray(b)
@@ -200,12 +201,29 @@ def _check(old: Checkpoint, new: Checkpoint) -> None:
 
 
 def _read_ahead(old: Checkpoint, new: Checkpoint) -> Iterator[tuple[Any, ...]]:
-    """Every pair of tensors and their values; the next is read meanwhile."""
+    """Every tensor of both: the two of them, and their values until the next is asked.
+
+    The next pair is read meanwhile. Buffers take turns: fresh pages cost as much as
+    reading does.
+    """
     pairs = [(t, new.tensors[name]) for name, t in old.tensors.items()]
-    read = lambda pair: (*pair, *(t.read() for t in pair))
+    turns = it.cycle([(aligned(BUFFER), aligned(BUFFER)) for _ in range(2)])
+
+    def read(pair: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
+        return (*pair, *map(_filled, pair, next(turns)))
+
     with ThreadPoolExecutor(1) as ahead:
         due = ahead.submit(read, pairs[0]) if pairs else None
         for following in it.chain(pairs[1:], [None]):
             assert due is not None
             done, due = due.result(), following and ahead.submit(read, following)
             yield done
+
+
+def _filled(tensor: Tensor, buffer: np.ndarray) -> np.ndarray:
+    """The values of a tensor, in a part of a buffer unless it is larger."""
+    if not 0 < tensor.nbytes <= len(buffer):
+        return tensor.read()
+    part = buffer[: tensor.nbytes]
+    tensor.read_into(part, 0)
+    return part.view(tensor.dtype).reshape(tensor.shape)
