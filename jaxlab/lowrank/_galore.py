@@ -121,7 +121,7 @@ def fira(
 
     Example:
       >>> import optax
-      >>> tx = fira(optax.scale_by_adam(), rank=2)
+      >>> tx = fira(optax.trace(0.9), rank=2)
       >>> grads = {"w": jnp.eye(8)[:, :6]}
       >>> tx.update(grads, tx.init(grads))[0]["w"].shape
       (8, 6)
