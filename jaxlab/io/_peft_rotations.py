@@ -6,6 +6,7 @@ from ._peft_kind import Config, Layer
 
 
 def oft(config: Config, layer: Layer) -> Adapter:
+    """The adapter of an OFT configuration, on one layer."""
     sizes = {"blocks": config["r"], "block_size": config["oft_block_size"]}
     sizes = {name: _divisor(layer.n, v) for name, v in sizes.items() if v}
     return lowrank.oft(
@@ -19,6 +20,7 @@ def oft(config: Config, layer: Layer) -> Adapter:
 
 
 def oft_fields(adapter: Adapter) -> Config:
+    """The configuration that makes an `oft` adapter."""
     options = dict(adapter.config[1:])
     terms, eps = options["terms"], options["eps"]
     sizes = {"r": options["blocks"] or 0, "oft_block_size": options["block_size"] or 0}
@@ -38,6 +40,7 @@ def _divisor(n: int, wanted: int) -> int:
 
 
 def boft(config: Config, layer: Layer) -> Adapter:
+    """The adapter of a BOFT configuration."""
     del layer
     sizes = {
         "blocks": config["boft_block_num"],
@@ -48,6 +51,7 @@ def boft(config: Config, layer: Layer) -> Adapter:
 
 
 def boft_fields(adapter: Adapter) -> Config:
+    """The configuration that makes a `boft` adapter."""
     options = dict(adapter.config[1:])
     return {
         "boft_block_num": options["blocks"] or 0,

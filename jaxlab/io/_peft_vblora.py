@@ -36,6 +36,7 @@ def _topk(name: str, logits: np.ndarray, config: Config) -> Tensors:
 
 
 def read(held: Tensors, config: Config, layer: Layer) -> dict[str, Any]:
+    """The entries of one layer, logits or their top k, and the shared bank."""
     del layer
     a, b = (_logits(held, f"vblora_logits_{side}", config) for side in "AB")
     bank = held["vblora_vector_bank"]
@@ -43,6 +44,7 @@ def read(held: Tensors, config: Config, layer: Layer) -> dict[str, Any]:
 
 
 def write(s: dict[str, Any], config: Config, layer: Layer) -> Tensors:
+    """The tensors of one layer, and the shared bank: the inverse of `read`."""
     del layer
     a, b = (np.asarray(s[name]) for name in ("logits_a", "logits_b"))
     out = _topk("vblora_logits_A", a, config)
