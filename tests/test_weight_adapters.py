@@ -607,7 +607,7 @@ def test_ranks_that_do_not_fit_are_refused(name):
             lambda: lowrank.orthogonal_adaptation(rank=1, concept=-1),
             "concept must be at least 0",
         ),
-        (lambda: lowrank.bone(block=0), "rank must be at least 1"),
+        (lambda: lowrank.bone(block=0), "block must be at least 1"),
         (lambda: lowrank.pela_rank(4, 4, ratio=0), "ratio must be positive"),
         (lambda: lowrank.feature_distillation([], []), "0 features of student"),
         (
