@@ -53,6 +53,17 @@ CLAIMS = [
     ("compeft", "better base, 30% kept: expert minus dense", NEITHER, 0),
     ("compeft", "better base, 5% kept: expert minus dense", BELOW, 0),
     ("compeft", "better base, 20% kept: sum minus dense", NEITHER, 0),
+    ("corda", "base task at 0.9 of it: corda kpm minus lora", ABOVE, 0),
+    ("corda", "base task at the highest level: corda kpm minus lora", NEITHER, 0),
+    ("corda", "base task at the highest level: corda kpm minus pissa", ABOVE, 0),
+    ("orthogonal_adaptation", "orthogonal minus lora: interference", BELOW, 0),
+    ("orthogonal_adaptation", "orthogonal minus lora: alone", NEITHER, 0),
+    ("orthogonal_adaptation", "orthogonal minus lora: summed", NEITHER, 0),
+    ("moment_probing", "moment probing minus linear probe", ABOVE, 0),
+    ("moment_probing", "moment probing minus hidden layer", BELOW, 0),
+    ("perp", "70 % pruned: + mask_lora minus all that is left", NEITHER, 0),
+    ("perp", "90 % pruned: + mask_lora minus not retrained", ABOVE, 0),
+    ("perp", "90 % pruned: + mask_lora minus all that is left", BELOW, 0),
 ]
 
 
@@ -83,6 +94,11 @@ def test_greedy_soups_and_signatures_keep_what_is_exact():
     assert metrics("opcm")["orders where opcm beats the average"] == 1.0
     share = "one by one: growth per model, in models"
     assert abs(metrics("opcm_memory")[share]) < 0.03
+
+
+def test_pruned_stays_pruned_and_under_a_hundredth_is_retrained():
+    assert metrics("perp")["pruned entries not 0 again"] == 0
+    assert metrics("perp")["+ mask_lora: share trained"] < 0.01
 
 
 def test_files_of_task_vectors_are_8_to_50_times_smaller():
