@@ -61,6 +61,8 @@ CLAIMS = [
     ("orthogonal_adaptation", "orthogonal minus lora: summed", NEITHER, 0),
     ("moment_probing", "moment probing minus linear probe", ABOVE, 0),
     ("moment_probing", "moment probing minus hidden layer", BELOW, 0),
+    ("scalearn", "ScaLearn minus new LoRA", BELOW, 0),
+    ("scalearn", "ScaLearn minus average", NEITHER, 0),
     ("perp", "70 % pruned: + mask_lora minus all that is left", NEITHER, 0),
     ("perp", "90 % pruned: + mask_lora minus not retrained", ABOVE, 0),
     ("perp", "90 % pruned: + mask_lora minus all that is left", BELOW, 0),
