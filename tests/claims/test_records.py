@@ -61,6 +61,8 @@ CLAIMS = [
     ("orthogonal_adaptation", "orthogonal minus lora: summed", NEITHER, 0),
     ("moment_probing", "moment probing minus linear probe", ABOVE, 0),
     ("moment_probing", "moment probing minus hidden layer", BELOW, 0),
+    ("sara", "SaRA minus LoRA", NEITHER, 0),
+    ("sara", "chosen anew minus kept", NEITHER, 0),
     ("scalearn", "ScaLearn minus new LoRA", BELOW, 0),
     ("scalearn", "ScaLearn minus average", NEITHER, 0),
     ("perp", "70 % pruned: + mask_lora minus all that is left", NEITHER, 0),
@@ -96,6 +98,13 @@ def test_greedy_soups_and_signatures_keep_what_is_exact():
     assert metrics("opcm")["orders where opcm beats the average"] == 1.0
     share = "one by one: growth per model, in models"
     assert abs(metrics("opcm_memory")[share]) < 0.03
+
+
+def test_sara_trains_little_but_forms_what_it_trains_in():
+    found = metrics("sara")
+    assert found["SaRA: state, MB"] < 0.05 * found["all: state, MB"]
+    total = lambda m: found[f"{m}: state, MB"] + found[f"{m}: temporary, MB"]
+    assert total("LoRA") < total("SaRA") < 0.5 * total("all")
 
 
 def test_pruned_stays_pruned_and_under_a_hundredth_is_retrained():
