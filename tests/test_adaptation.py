@@ -31,6 +31,17 @@ def test_seeds_and_rates_train_side_by_side_and_the_head_is_new():
             batch=8,
             statistics=tree.stack(grams),
         )
+        still = experiment.adaptation(
+            apply,
+            bases,
+            {KERNELS: lowrank.full()},
+            task,
+            keys=KEYS,
+            steps=2,
+            rates=(0.0,),
+            head_rate=1e-2,
+            batch=8,
+        )
     sides = 4 * (8 + 8) + 2 * (8 + 32)  # of four projections and the MLP's two
     assert out.trained == 2 * sides
     assert out.accuracies.shape == (2,)
@@ -39,6 +50,9 @@ def test_seeds_and_rates_train_side_by_side_and_the_head_is_new():
     a = out.states["layers/up/kernel"]["a"]
     assert a.shape == (2, 1, 8, 2)
     assert not np.array_equal(a[0], a[1])
+    assert np.abs(still.states["head/kernel"]["w"]).max() > 0
+    kernel = still.states["layers/up/kernel"]["w"]
+    np.testing.assert_array_equal(kernel, still.bases["layers"]["up"]["kernel"])
     x = task.test.x[:5]
     run = lambda adapted, base, state: adapted(base, state, x)
     logits = jax.vmap(run)(out.adapted, out.bases, out.states)

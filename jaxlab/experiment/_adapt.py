@@ -85,6 +85,7 @@ def adaptation(
     keys: PRNGKeyArray,
     steps: int = 200,
     rates: Sequence[float] = (3e-3, 1e-2),
+    head_rate: float | None = None,
     batch: int = 32,
     statistics: Any = None,
 ) -> Adaptation:
@@ -101,6 +102,7 @@ def adaptation(
       keys: `[k]`, of the adapters and of the batches.
       steps: of Adam with a cosine decay.
       rates: first learning rates, of which the best is chosen.
+      head_rate: that of the new head; by default, that of the rest.
       batch: images per step.
       statistics: for `lowrank.attach`, with an axis k in front.
 
@@ -125,9 +127,9 @@ def adaptation(
     draw = np.random.default_rng(np.asarray(jax.random.key_data(keys)).ravel())
     for i in range(steps):
         rows = draw.integers(len(seen.x), size=(k, batch))
-        now = np.array(rates, np.float32) * np.float32(
-            0.5 * (1 + np.cos(np.pi * i / steps))
-        )
+        head = rates if head_rate is None else [head_rate] * len(rates)
+        both = np.array([rates, head])
+        now = np.float32(0.5 * (1 + np.cos(np.pi * i / steps)) * both.T)
         examples = seen.x[rows], seen.y[rows]
         states, moments = _step(adapted, bases, states, moments, now, *examples)
     score = _accuracies(adapted, bases, states, held).mean(1)
@@ -152,7 +154,9 @@ def _step(
     ) -> Any:
         loss = lambda s: cross_entropy(adapted(base, s, xy[0]), xy[1])
         updates, moment = _ADAM.update(jax.grad(loss)(state), moment)
-        updates = jax.tree.map(lambda u: -rate * u, updates)
+        new = lambda path: "'head/" in jax.tree_util.keystr(path)
+        move = lambda path, u: -rate[1 if new(path) else 0] * u
+        updates = jax.tree_util.tree_map_with_path(move, updates)
         return optax.apply_updates(state, updates), moment
 
     seeds = jax.vmap(one, (0, 0, 0, 0, None, 0, 0))
