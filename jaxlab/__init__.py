@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from . import (
         align,
         data,
+        diffusion,
         experiment,
         io,
         kernels,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "align",
     "data",
+    "diffusion",
     "experiment",
     "io",
     "kernels",

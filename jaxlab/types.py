@@ -67,3 +67,76 @@ class Adapter(NamedTuple):
 def _identity(adapter: Adapter) -> tuple[Any, ...]:
     """What makes two adapters equal: their configuration, or their functions."""
     return adapter.config or tuple(adapter)
+
+
+class Noise(NamedTuple):
+    """How noisy a sample is, `x = alpha x0 + sigma eps`: scalars, or one per sample."""
+
+    t: Any
+    """Time, as the schedule counts it: what a network is told."""
+    alpha: Any
+    sigma: Any
+
+    @property
+    def ratio(self) -> Any:
+        """What EDM and k-diffusion call the noise level: sigma / alpha."""
+        return self.sigma / self.alpha
+
+
+class Schedule(NamedTuple):
+    """A noising process, `x_t = alpha(t) x0 + sigma(t) eps`, as functions of time.
+
+    Its SDE is `dx = drift(t) x dt + sqrt(diffusion(t)) dw`. Each function takes NumPy
+    arrays (and computes in their precision, on the host) or traced ones.
+    """
+
+    alpha: Callable[[Any], Any]
+    sigma: Callable[[Any], Any]
+    drift: Callable[[Any], Any]
+    """`d log alpha / dt`"""
+    diffusion: Callable[[Any], Any]
+    """`d sigma^2 / dt - 2 drift sigma^2`, the square of the noise's rate"""
+    time: Callable[[Any], Any]
+    """The inverse of `sigma(t) / alpha(t)`"""
+    span: tuple[float, float]
+    """The times of the least and of the most noise"""
+
+
+class Grid(NamedTuple):
+    """The noise levels of a run, first to last, as float64 arrays of the host."""
+
+    noise: Noise
+    """`[t + 1]`, or `[t + 1, b]` with a column for each sample"""
+    schedule: Schedule
+
+
+class Denoiser(NamedTuple):
+    """Predicts the clean sample; what it keeps from step to step is its state.
+
+    A plain function `(x, noise, cond) -> x0` stands for one without state.
+    """
+
+    init: Callable[..., Any]
+    """`(x, cond) -> state`"""
+    apply: Callable[..., Any]
+    """`(x, noise, cond, state) -> (x0, state)`"""
+
+    def __call__(self, x: Any, noise: Noise, cond: Any = None) -> Any:
+        """The prediction from a fresh state."""
+        return self.apply(x, noise, cond, self.init(x, cond))[0]
+
+
+Guidance = Callable[[Denoiser], Denoiser]
+"""A decorator of denoisers."""
+
+
+class Solver(NamedTuple):
+    """How a sample gets from one noise level to the next."""
+
+    plan: Callable[[Grid], Any]
+    """`grid -> rows`: coefficients, in float64 on the host, axis 0 the steps"""
+    init: Callable[..., Any]
+    """`x -> memory`: what is kept of the steps before"""
+    step: Callable[..., Any]
+    """`(evaluate, x, memory, state, row, draw) -> (x, memory, state)`, where
+    `evaluate(x, noise, state) -> (x0, state)` and `draw(j)` is normal noise"""

@@ -17,6 +17,7 @@ SOURCE = sorted((ROOT / "jaxlab").rglob("*.py"))
 FAMILIES = (
     "align",
     "data",
+    "diffusion",
     "experiment",
     "io",
     "kernels",
@@ -122,6 +123,7 @@ def test_arrows_only_run_downwards(path):
         "merge": ("types", "tree", "rewrite", "measure", "kernels"),
         "align": ("types", "tree", "rewrite", "measure", "kernels"),
         "lowrank": ("types", "tree", "rewrite", "measure", "kernels"),
+        "diffusion": ("types", "tree", "rewrite", "measure", "kernels"),
         "nn": ("types", "tree"),
         "data": (),
         "experiment": (

@@ -1,0 +1,247 @@
+"""Noising processes that preserve variance, or nearly."""
+
+from collections.abc import Sequence
+import math
+from typing import Any, Literal
+
+import numpy as np
+
+from ..types import Schedule
+from ._schedules import check_range, space
+
+
+def vp(*, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Any:
+    r"""Preserved variance with a linear rate: $\alpha_t = e^{-B(t)/2}$.
+
+    $B(t) = \beta_{min} t + (\beta_{max} - \beta_{min}) t^2 / 2$ and $\sigma_t^2 = 1 -
+    \alpha_t^2$.
+
+    Args:
+      beta_min: the rate at t = 0.
+      beta_max: the rate at t = 1; DDPM's linear betas, times their number.
+      t_min: the time of the least noise of a grid; `t_max` is 1.
+
+    Returns:
+      A schedule with $f = -\beta/2$, $g^2 = \beta$.
+
+    Raises:
+      ValueError: unless 0 < beta_min < beta_max.
+
+    References:
+      Song et al., 2020, https://arxiv.org/abs/2011.13456, equation 32.
+    """
+    check_range("beta", beta_min, beta_max)
+    slope = beta_max - beta_min
+    whole = lambda t: t * (beta_min + t * slope / 2)
+    inverse = lambda b: 2 * b / (beta_min + (beta_min**2 + 2 * slope * b) ** 0.5)
+    return _preserved(whole, lambda t: beta_min + slope * t, inverse, (t_min, 1.0))
+
+
+def scaled_linear(
+    *, beta_min: float = 0.85, beta_max: float = 12.0, t_min: float = 1e-3
+) -> Schedule:
+    r"""Preserved variance, the square root of whose rate is linear (Stable Diffusion).
+
+    $\beta_t = (\sqrt{\beta_{min}} + t (\sqrt{\beta_{max}} - \sqrt{\beta_{min}}))^2$,
+    $\alpha_t = e^{-\int_0^t \beta / 2}$, $\sigma_t^2 = 1 - \alpha_t^2$.
+
+    Args:
+      beta_min: the rate at t = 0.
+      beta_max: the rate at t = 1; a discrete beta, times the number of steps.
+      t_min: the time of the least noise of a grid; `t_max` is 1.
+
+    Returns:
+      A schedule; `discrete` has the thousand steps themselves.
+
+    Raises:
+      ValueError: unless 0 < beta_min < beta_max.
+
+    References:
+      Rombach et al., 2021, "High-Resolution Image Synthesis with Latent Diffusion
+      Models", https://arxiv.org/abs/2112.10752, released code.
+    """
+    check_range("beta", beta_min, beta_max)
+    root = math.sqrt(beta_min)
+    slope = math.sqrt(beta_max) - root
+    beta = lambda t: (root + slope * t) ** 2
+    whole = lambda t: t * (root**2 + t * slope * (root + t * slope / 3))
+    inverse = lambda b: (space(b).cbrt(3 * slope * b + root**3) - root) / slope
+    return _preserved(whole, beta, inverse, (t_min, 1.0))
+
+
+def cosine(*, offset: float = 0.008, t_min: float = 1e-3, t_max: float = 0.999) -> Any:
+    r"""Preserved variance, $\alpha_t = \cos(\theta_t) / \cos(\theta_0)$.
+
+    $\theta_t = \frac{\pi}{2} \frac{t + s}{1 + s}$, $\sigma_t^2 = 1 - \alpha_t^2$.
+
+    Args:
+      offset: s, which keeps the first noise from being too small.
+      t_min: the time of the least noise of a grid.
+      t_max: of the most; at 1 nothing is left of the sample.
+
+    Returns:
+      A schedule with $f = -\theta' \tan \theta_t$, $g^2 = -2 f$.
+
+    Raises:
+      ValueError: unless 0 <= t_min < t_max <= 1.
+
+    Degenerate inputs:
+      At t = 1, alpha is 0 and the drift infinite.
+
+    References:
+      Nichol and Dhariwal, 2021, "Improved Denoising Diffusion Probabilistic Models",
+      https://arxiv.org/abs/2102.09672, equation 17.
+    """
+    if not 0 <= t_min < t_max <= 1:
+        raise ValueError(f"want 0 <= t_min < t_max <= 1, got {t_min}, {t_max}")
+    rate, first = math.pi / 2 / (1 + offset), math.pi / 2 * offset / (1 + offset)
+    alpha = lambda t: space(t).cos(first + rate * t) / math.cos(first)
+    drift = lambda t: -rate * space(t).tan(first + rate * t)
+
+    def sigma(t: Any) -> Any:  # 1 - cos(a)^2 / cos(b)^2, without cancellation
+        xp = space(t)
+        square = xp.sin(rate * t) * xp.sin(2 * first + rate * t)
+        return xp.sqrt(square) / math.cos(first)
+
+    def time(ratio: Any) -> Any:
+        xp = space(ratio)
+        cos = math.cos(first) / xp.sqrt(1 + xp.square(ratio))
+        return (xp.arccos(cos) - first) / rate
+
+    return Schedule(alpha, sigma, drift, lambda t: -2 * drift(t), time, (t_min, t_max))
+
+
+def sub_vp(
+    *, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3
+) -> Any:
+    r"""Below preserved variance: $\alpha_t = e^{-B(t)/2}$, $\sigma_t = 1 - \alpha_t^2$.
+
+    Args:
+      beta_min: the rate at t = 0.
+      beta_max: the rate at t = 1.
+      t_min: the time of the least noise of a grid; `t_max` is 1.
+
+    Returns:
+      A schedule with the B of `vp`, $f = -\beta/2$, $g^2 = \beta (1 - e^{-2B})$.
+
+    Raises:
+      ValueError: unless 0 < beta_min < beta_max.
+
+    References:
+      Song et al., 2020, https://arxiv.org/abs/2011.13456, equation 12.
+    """
+    check_range("beta", beta_min, beta_max)
+    slope = beta_max - beta_min
+    whole = lambda t: t * (beta_min + t * slope / 2)
+    beta = lambda t: beta_min + slope * t
+
+    def time(ratio: Any) -> Any:  # the ratio is 2 sinh(B / 2)
+        b = 2 * space(ratio).arcsinh(ratio / 2)
+        return 2 * b / (beta_min + (beta_min**2 + 2 * slope * b) ** 0.5)
+
+    return Schedule(
+        alpha=lambda t: space(t).exp(-whole(t) / 2),
+        sigma=lambda t: -space(t).expm1(-whole(t)),
+        drift=lambda t: -beta(t) / 2,
+        diffusion=lambda t: -beta(t) * space(t).expm1(-2 * whole(t)),
+        time=time,
+        span=(t_min, 1.0),
+    )
+
+
+def discrete(betas: Sequence[float] | np.ndarray) -> Schedule:
+    r"""The steps of a trained model: $\alpha_t^2 = \prod_{s \le t} (1 - \beta_s)$.
+
+    Args:
+      betas: `[steps]`, each in (0, 1): see `beta_schedule`.
+
+    Returns:
+      A schedule of preserved variance whose times are 0 to steps - 1; between them, and
+      beyond, log(sigma / alpha) is linear. `drift` and `diffusion` are those of that
+      line.
+
+    Raises:
+      ValueError: fewer than two betas, or one outside (0, 1).
+
+    References:
+      Ho et al., 2020, "Denoising Diffusion Probabilistic Models",
+      https://arxiv.org/abs/2006.11239, equation 4; k-diffusion's interpolation.
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
+        raise ValueError("betas must be at least two numbers in (0, 1)")
+    logs = np.cumsum(np.log1p(-betas))
+    y, times = np.log(np.sqrt(-np.expm1(logs) / np.exp(logs))), np.arange(len(betas))
+    slopes = np.diff(y)
+
+    def log_ratio(t: Any) -> tuple[Any, Any]:
+        xp = space(t)
+        i = xp.clip(xp.floor(t), 0, len(y) - 2).astype("int32")
+        slope = xp.asarray(slopes)[i]
+        return xp.asarray(y)[i] + slope * (t - xp.asarray(times)[i]), slope
+
+    def time(ratio: Any) -> Any:
+        xp = space(ratio)
+        with np.errstate(divide="ignore"):
+            at = xp.log(ratio)
+        i = xp.clip(xp.searchsorted(xp.asarray(y), at) - 1, 0, len(y) - 2)
+        return xp.asarray(times)[i] + (at - xp.asarray(y)[i]) / xp.asarray(slopes)[i]
+
+    # sigma^2 is the logistic function of twice the log-ratio; its slope gives the rest
+    alpha = lambda t: (1 + space(t).exp(2 * log_ratio(t)[0])) ** -0.5
+    sigma = lambda t: (1 + space(t).exp(-2 * log_ratio(t)[0])) ** -0.5
+    drift = lambda t: -(sigma(t) ** 2) * log_ratio(t)[1]
+    return Schedule(
+        alpha, sigma, drift, lambda t: -2 * drift(t), time, (0.0, len(y) - 1.0)
+    )
+
+
+def _preserved(whole: Any, rate: Any, inverse: Any, span: Any) -> Schedule:
+    """A schedule of preserved variance, from B(t), its slope and its inverse."""
+    return Schedule(
+        alpha=lambda t: space(t).exp(-whole(t) / 2),
+        sigma=lambda t: space(t).sqrt(-space(t).expm1(-whole(t))),
+        drift=lambda t: -rate(t) / 2,
+        diffusion=rate,
+        time=lambda ratio: inverse(space(ratio).log1p(ratio**2)),
+        span=span,
+    )
+
+
+def beta_schedule(
+    kind: Literal["linear", "scaled_linear", "cosine"] = "linear",
+    *,
+    steps: int = 1000,
+    beta_min: float = 1e-4,
+    beta_max: float = 0.02,
+) -> np.ndarray:
+    r"""The betas that models were trained on, for `discrete`.
+
+    Args:
+      kind: "linear"; "scaled_linear", the squares of a line (Stable Diffusion, with
+        0.00085 and 0.012); "cosine", $1 - \bar\alpha_{t+1} / \bar\alpha_t$ of `cosine`,
+        at most 0.999.
+      steps: how many.
+      beta_min: the first; "cosine" has none.
+      beta_max: the last.
+
+    Returns:
+      `[steps]`, float64.
+
+    Raises:
+      ValueError: an unknown kind.
+
+    Example:
+      >>> beta_schedule("linear", steps=3, beta_min=0.1, beta_max=0.3).round(1)
+      array([0.1, 0.2, 0.3])
+    """
+    if kind == "linear":
+        return np.linspace(beta_min, beta_max, steps)
+    if kind == "scaled_linear":
+        return np.linspace(beta_min**0.5, beta_max**0.5, steps) ** 2
+    if kind != "cosine":
+        raise ValueError(
+            f"kind must be 'linear', 'scaled_linear' or 'cosine', got {kind!r}"
+        )
+    squares = cosine().alpha(np.arange(steps + 1) / steps) ** 2
+    return np.minimum(1 - squares[1:] / squares[:-1], 0.999)

@@ -1,0 +1,158 @@
+"""Single-step exponential solvers: none of their evaluations is kept."""
+
+import numpy as np
+
+from ..types import Grid, Noise, Solver
+from ._ancestral import ancestral, between, log_steps
+from ._levels import ratios
+from ._tables import Rows, rows, table
+
+
+def dpmpp_2s(*, eta: float = 0.0) -> Solver:
+    r"""DPM-Solver++ (2S), with its step halfway in log-SNR; with noise, ancestral.
+
+    $u = \frac{\sigma_m}{\sigma} x + \alpha_m (1 - e^{-h/2}) D(x)$, $x' =
+    \frac{\sigma_\downarrow}{\sigma} x + \alpha' (1 - e^{-h}) D(u) + \alpha' s_\uparrow
+    z$, where h goes to the level that the noise is added at, as in `ddim`.
+
+    Args:
+      eta: the noise, in [0, 1].
+
+    Returns:
+      A solver of two evaluations a step, of order 2 at eta = 0; from pure noise, or to
+      the clean sample, of one evaluation and order 1.
+
+    Raises:
+      ValueError: eta is outside [0, 1].
+
+    References:
+      Lu et al., 2022, https://arxiv.org/abs/2211.01095, algorithm 1, with r = 1/2;
+      k-diffusion, `sample_dpmpp_2s_ancestral`.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1], got {eta}")
+
+    def coefficients(grid: Grid) -> Rows:
+        s, alpha, sigma = ratios(grid), grid.noise.alpha, grid.noise.sigma
+        down, up = ancestral(grid, eta)
+        live = np.isfinite(s[:-1]) & (down > 0)
+        with np.errstate(invalid="ignore"):
+            to = np.where(live, np.sqrt(s[:-1] * down), s[1:])
+        start = Noise(*(v[:-1] for v in grid.noise))
+        middle = between(grid, np.where(live, to, np.where(s[1:] > 0, s[1:], s[:-1])))
+        one = lambda a, r: (a * r / sigma[:-1], a - alpha[:-1] * a * r / sigma[:-1])
+        half, whole = one(middle.alpha, np.where(live, to, 0)), one(alpha[1:], down)
+        return rows(
+            grid,
+            keep=[half[0], whole[0]],
+            stage=[
+                [half[1]],
+                [np.where(live, 0, whole[1]), np.where(live, whole[1], 0)],
+            ],
+            spread=[[], [alpha[1:] * up]] if eta else None,
+            noise=[start, middle],
+            live=[True, live],
+        )
+
+    return table(coefficients)
+
+
+def dpmpp_3s() -> Solver:
+    r"""DPM-Solver++ (3S), data prediction, with r1 = 1/3 and r2 = 2/3.
+
+    Returns:
+      A solver of three evaluations a step, of order 3; from pure noise, or to the clean
+      sample, of one evaluation and order 1.
+
+    References:
+      Lu et al., 2022, "DPM-Solver", https://arxiv.org/abs/2206.00927, algorithm 2, in
+      its data prediction; Lu et al., 2022, https://arxiv.org/abs/2211.01095.
+    """
+
+    def coefficients(grid: Grid) -> Rows:
+        s, alpha, sigma = ratios(grid), grid.noise.alpha, grid.noise.sigma
+        live = np.isfinite(s[:-1]) & (s[1:] > 0)
+        h = np.where(live, log_steps(grid), 1.0)
+        start = Noise(*(v[:-1] for v in grid.noise))
+        middles = [
+            between(grid, np.where(live, s[:-1] * np.exp(-r * h), s.clip(0, 1e30)[:-1]))
+            for r in (1 / 3, 2 / 3)
+        ]
+        first, second = middles
+        keep = [
+            *(m.sigma / sigma[:-1] for m in middles),
+            sigma[1:] / sigma[:-1],
+        ]
+        one = -np.expm1(-h / 3) * first.alpha
+        two = -np.expm1(-2 * h / 3) * second.alpha
+        bend = 2 * second.alpha * (np.expm1(-2 * h / 3) / (2 * h / 3) + 1)
+        whole = alpha[1:] - alpha[:-1] * sigma[1:] / sigma[:-1]
+        last = 1.5 * alpha[1:] * (np.expm1(-h) / h + 1) * live
+        return rows(
+            grid,
+            keep=keep,
+            stage=[[one], [two - bend, bend], [whole - last, 0, last]],
+            noise=[start, first, second],
+            live=[True, live, live],
+        )
+
+    return table(coefficients)
+
+
+def dpmpp_sde(*, eta: float = 1.0) -> Solver:
+    r"""DPM-Solver++ (SDE), single-step: an ancestral step halfway, then the whole one.
+
+    Both take their noise from one path of Brownian motion in s, so that the whole
+    step's noise contains the half's.
+
+    Args:
+      eta: the noise, in [0, 1]; at 0 this is `dpmpp_2s`.
+
+    Returns:
+      A solver of two evaluations a step; from pure noise, or to the clean sample, one.
+
+    Raises:
+      ValueError: eta is outside [0, 1].
+
+    References:
+      Katherine Crowson's k-diffusion, `sample_dpmpp_sde` with r = 1/2.
+    """
+    if eta == 0:
+        return dpmpp_2s()
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta must be in [0, 1], got {eta}")
+
+    def coefficients(grid: Grid) -> Rows:
+        s, alpha, sigma = ratios(grid), grid.noise.alpha, grid.noise.sigma
+        live = np.isfinite(s[:-1]) & (s[1:] > 0)
+        safe = np.where(live, s[1:], 1.0)
+        before = np.where(live, s[:-1], 2.0)
+        to = np.sqrt(before * safe)
+        start = Noise(*(v[:-1] for v in grid.noise))
+        middle = between(grid, to)
+        up = eta * to * np.sqrt(1 - (to / before) ** 2)
+        down = np.sqrt(to**2 - up**2)
+        one = lambda a, r: (a * r / sigma[:-1], a - alpha[:-1] * a * r / sigma[:-1])
+        half = one(middle.alpha, down)
+        lower, upper = ancestral(grid, eta)
+        whole = one(alpha[1:], lower)
+        share = np.sqrt((before - to) / (before - safe))
+        return rows(
+            grid,
+            keep=[half[0], whole[0]],
+            stage=[
+                [half[1]],
+                [np.where(live, 0, whole[1]), np.where(live, whole[1], 0)],
+            ],
+            spread=[
+                [middle.alpha * up],
+                [
+                    alpha[1:] * upper * np.where(live, share, 1.0),
+                    alpha[1:] * upper * np.where(live, np.sqrt(1 - share**2), 0.0),
+                ],
+            ],
+            noise=[start, middle],
+            live=[True, live],
+        )
+
+    return table(coefficients)
