@@ -40,13 +40,13 @@ def ddim(*, eta: float = 0.0) -> Solver:
 
     def coefficients(grid: Grid) -> Rows:
         alpha, sigma = grid.noise.alpha, grid.noise.sigma
-        down, up = ancestral(grid, eta)
-        s = sigma[:-1] / alpha[1:]  # alpha / (alpha' s) is 1 / s of this
+        lower, added = ancestral(grid, eta)
+        keep = lower / sigma[:-1]
         return rows(
             grid,
-            keep=[down / s],
-            stage=[[alpha[1:] - alpha[:-1] * down / s]],
-            spread=[[alpha[1:] * up]] if eta else None,
+            keep=[keep],
+            stage=[[alpha[1:] - alpha[:-1] * keep]],
+            spread=[[added]] if eta else None,
         )
 
     return table(coefficients)
@@ -75,10 +75,11 @@ def ddpm(*, variance: Literal["small", "large"] = "small") -> Solver:
     small = ddim(eta=1.0)
 
     def coefficients(grid: Grid) -> Rows:
+        found = small.plan(grid)
         alpha, sigma = grid.noise.alpha, grid.noise.sigma
         large = sigma[:-1] ** 2 - (alpha[:-1] / alpha[1:] * sigma[1:]) ** 2
         spread = np.sqrt(large) * (sigma[1:] > 0)
-        return small.plan(grid)._replace(spread=spread[:, None, None])
+        return found._replace(spread=spread[:, None, None])
 
     return table(coefficients)
 
@@ -90,14 +91,29 @@ def log_steps(grid: Grid) -> np.ndarray:
         return np.log(s[:-1]) - np.log(s[1:])
 
 
+def gains(grid: Grid) -> np.ndarray:
+    r"""What a step adds of what was predicted: $\alpha' (1 - e^{-h})$."""
+    h, (_, alpha, sigma) = log_steps(grid), grid.noise
+    rise = h == -np.inf  # to pure noise
+    whole = -np.expm1(-np.where(rise, 0.0, h))
+    return np.where(rise, -alpha[:-1] * sigma[1:] / sigma[:-1], alpha[1:] * whole)
+
+
 def ancestral(grid: Grid, eta: float) -> tuple[np.ndarray, np.ndarray]:
-    """The ratio to step down to, and that of the noise to add."""
+    """The sigma to step down to, and that of the noise to add."""
+    sigma = grid.noise.sigma
+    if not eta:
+        return sigma[1:], np.zeros(len(sigma) - 1)
+    check_falls(grid, "eta")
     s = ratios(grid)
-    if eta and (np.diff(s) > 0).any():
-        raise ValueError("eta must be 0 where noise rises: none can be taken off")
-    left = 1 - (s[1:] / s[:-1]) ** 2 if eta else np.zeros(len(s) - 1)
-    up = eta * s[1:] * np.sqrt(np.maximum(left, 0))
-    return np.sqrt(np.maximum(s[1:] ** 2 - up**2, 0)), up
+    added = eta * sigma[1:] * np.sqrt(1 - (s[1:] / s[:-1]) ** 2)
+    return np.sqrt(np.maximum(sigma[1:] ** 2 - added**2, 0)), added
+
+
+def check_falls(grid: Grid, name: str) -> None:
+    """No solver takes noise off where it rises."""
+    if (np.diff(ratios(grid)) > 0).any():
+        raise ValueError(f"{name} must be 0 where noise rises: none can be taken off")
 
 
 def check_start(grid: Grid, name: str) -> None:

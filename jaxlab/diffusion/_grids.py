@@ -145,7 +145,8 @@ def timesteps(
       A grid; each step ends where the next begins, whether n divides T or not.
 
     Raises:
-      ValueError: n below 1 or above T; an unknown spacing or `end`.
+      ValueError: n below 1 or above T; an offset that leaves the T steps; an unknown
+        spacing or `end`.
 
     References:
       Lin et al., 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed",
@@ -170,8 +171,10 @@ def timesteps(
         raise ValueError(
             f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}"
         )
+    if not 0 <= t[-1] <= t[0] <= total - 1:
+        raise ValueError(f"offset {offset} leaves the {total} steps of the schedule")
     if _end(end) == "least":
-        return from_times(schedule, t if t[-1] <= 0 else np.append(t, 0.0))
+        return from_times(schedule, t if t[-1] == 0 else np.append(t, 0.0))
     return to_zero(levels(schedule, t))
 
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..types import Grid, Noise, Solver
-from ._predictions import along
-from ._tables import wide
+from ._predictions import along, wide
 
 
 def langevin(predictor: Solver, *, snr: float = 0.16, steps: int = 1) -> Solver:
@@ -15,12 +15,13 @@ def langevin(predictor: Solver, *, snr: float = 0.16, steps: int = 1) -> Solver:
 
     $x \leftarrow x + \epsilon\, s(x) + \sqrt{2 \epsilon}\, z$ with $\epsilon = 2 a (r
     \|z\| / \|s\|)^2$ and $a = (\alpha / \alpha')^2$ of the step (1 where alpha does not
-    change).
+    rise).
 
     Args:
       predictor: the solver, e.g. `euler_maruyama()` or `ddim(eta=1.0)`.
       snr: r, the ratio of signal to noise of a step.
-      steps: how many, each with one evaluation; none at the clean sample.
+      steps: how many, each with one evaluation; none at the clean sample, nor where a
+        column of the grid rests.
 
     Returns:
       A solver. The published code takes the norms' means over the batch; here each
@@ -38,18 +39,59 @@ def langevin(predictor: Solver, *, snr: float = 0.16, steps: int = 1) -> Solver:
     if not snr > 0 or steps < 1:
         raise ValueError(f"want snr above 0 and at least 1 step, got {snr} and {steps}")
 
+    def root(noise: Noise, fall: Any, score: Any, z: Any) -> Any:
+        del noise
+        size, most = _norm(score), _norm(z)
+        ratio = jnp.where(size > 0, most / jnp.where(size > 0, size, 1), 0)
+        return 2 * snr * along(fall**0.5, z) * ratio
+
+    return _corrected(predictor, root, steps)
+
+
+def annealed_langevin(predictor: Solver, *, snr: float = 0.5, steps: int = 1) -> Solver:
+    r"""Langevin steps of a pace set by the noise: SGMSE+'s corrector.
+
+    As `langevin`, with $\epsilon = 2 (r \sigma)^2$.
+
+    Args:
+      predictor: the solver; SGMSE+'s "reverse diffusion" is `euler_maruyama()`.
+      snr: r.
+      steps: how many, each with one evaluation; none at the clean sample, nor where a
+        column of the grid rests.
+
+    Returns:
+      A solver. Released code corrects before it predicts, so also at the first level;
+      and leaves the noise out of its last step.
+
+    Raises:
+      ValueError: `snr` is not above 0, or `steps` is below 1.
+
+    References:
+      Song and Ermon, 2019, https://arxiv.org/abs/1907.05600, algorithm 1; Richter et
+      al., 2022, https://arxiv.org/abs/2208.05830, Section III-D, and its released code.
+    """
+    if not snr > 0 or steps < 1:
+        raise ValueError(f"want snr above 0 and at least 1 step, got {snr} and {steps}")
+    root = lambda noise, _fall, _score, z: 2 * snr * along(noise.sigma, z)
+    return _corrected(predictor, root, steps)
+
+
+def _corrected(predictor: Solver, root: Any, steps: int) -> Solver:
+    """A solver with Langevin steps, of the root of twice epsilon, after its own."""
+
     def plan(grid: Grid) -> Any:
-        fall = (grid.noise.alpha[:-1] / grid.noise.alpha[1:]) ** 2
-        return predictor.plan(grid), Noise(*(v[1:] for v in grid.noise)), fall
+        with np.errstate(divide="ignore"):
+            fall = np.minimum(grid.noise.alpha[:-1] / grid.noise.alpha[1:], 1) ** 2
+        new = Noise(*(v[1:] for v in grid.noise))
+        live = (new.sigma > 0) & (np.diff(grid.noise.sigma, axis=0) != 0)
+        return predictor.plan(grid), new, fall, live
 
     def step(
         evaluate: Any, x: Any, memory: Any, state: Any, row: Any, draw: Any
     ) -> tuple[Any, Any, Any]:
-        row, noise, fall = row
+        row, noise, fall, live = row
         x, memory, state = predictor.step(evaluate, x, memory, state, row, draw)
-        live = noise.sigma > 0
         safe = noise._replace(sigma=jnp.where(live, noise.sigma, 1))
-        norm = lambda v: jnp.sqrt(jnp.sum(v * v, range(1, v.ndim), keepdims=True))
 
         def one(carry: Any, j: Any) -> tuple[Any, None]:
             x, state = carry
@@ -57,13 +99,8 @@ def langevin(predictor: Solver, *, snr: float = 0.16, steps: int = 1) -> Solver:
             now, z = x.astype(wide(x)), draw(j)
             a, s = along(noise.alpha, now), along(safe.sigma, now)
             score = (a * x0.astype(now.dtype) - now) / (s * s)
-            size = norm(score)
-            ratio = snr * norm(z) / jnp.where(size > 0, size, 1)
-            pace = 2 * along(fall, now) * ratio**2 * (size > 0) * along(live, now)
-            return (
-                (now + pace * score + jnp.sqrt(2 * pace) * z).astype(x.dtype),
-                state,
-            ), None
+            pace = jnp.where(along(live, now), root(noise, fall, score, z), 0)
+            return ((now + pace**2 / 2 * score + pace * z).astype(x.dtype), state), None
 
         first = 100  # the predictor's draws come before these
         run = lambda carry: jax.lax.scan(one, carry, first + jnp.arange(steps))[0]
@@ -71,3 +108,9 @@ def langevin(predictor: Solver, *, snr: float = 0.16, steps: int = 1) -> Solver:
         return x, memory, state
 
     return Solver(plan, predictor.init, step)
+
+
+def _norm(v: Any) -> Any:
+    """Of each sample, with a slope at 0."""
+    square = jnp.sum(v * v, range(1, v.ndim), keepdims=True)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)

@@ -42,8 +42,8 @@ def convert(
 
     Degenerate inputs:
       Where alpha is 0, eps and score say nothing of x0; where sigma is 0, x0 says
-      nothing of eps and score: the result is then not finite. `v` and "flow" are
-      defined at both ends.
+      nothing of the others: the result is then not finite. `v` and "flow" give x0 and
+      eps at both ends.
 
     References:
       Salimans and Ho, 2022, "Progressive Distillation for Fast Sampling of Diffusion
@@ -60,36 +60,38 @@ def convert(
     if source == target:
         return value
     a, s = along(noise.alpha, x), along(noise.sigma, x)
-    if source == "score" and target == "eps":
-        return -s * value
-    if source == "eps" and target == "score":
-        return -value / s
-    return _of_x0(_x0_of(value, x, a, s, source), x, a, s, target)
+    x0, eps = _both(value, x, a, s, source)
+    made = {
+        "x0": lambda: x0(),
+        "eps": lambda: eps(),
+        "v": lambda: a * eps() - s * x0(),
+        "score": lambda: -eps() / s,
+        "flow": lambda: eps() - x0(),
+    }
+    return made[target]()
 
 
-def _x0_of(value: Any, x: Any, a: Any, s: Any, kind: str) -> Any:
-    if kind == "eps":
-        return (x - s * value) / a
-    if kind == "score":
-        return (x + s * s * value) / a
+def _both(value: Any, x: Any, a: Any, s: Any, kind: str) -> tuple[Any, Any]:
+    """What gives the clean sample and the noise: either may be undefined."""
+    if kind == "x0":
+        return lambda: value, lambda: (x - a * value) / s
     if kind == "v":
-        return (a * x - s * value) / (a * a + s * s)
-    return (x - s * value) / (a + s) if kind == "flow" else value
-
-
-def _of_x0(x0: Any, x: Any, a: Any, s: Any, kind: str) -> Any:
-    if kind == "eps":
-        return (x - a * x0) / s
-    if kind == "score":
-        return (a * x0 - x) / (s * s)
-    if kind == "v":
-        return (a * x - (a * a + s * s) * x0) / s
-    return (x - (a + s) * x0) / s if kind == "flow" else x0
+        norm = a * a + s * s
+        return lambda: (a * x - s * value) / norm, lambda: (s * x + a * value) / norm
+    if kind == "flow":
+        return lambda: (x - s * value) / (a + s), lambda: (x + a * value) / (a + s)
+    eps = -s * value if kind == "score" else value
+    return lambda: (x - s * eps) / a, lambda: eps
 
 
 def along(c: Any, x: Any) -> Any:
     """A coefficient, a scalar or `[b]`, against `[b, ...]`."""
     return jnp.reshape(c, jnp.shape(c) + (1,) * (jnp.ndim(x) - 1)) if jnp.ndim(c) else c
+
+
+def wide(x: Any) -> Any:
+    """The dtype that a sample's steps are computed in: float32 or wider."""
+    return x.dtype if jnp.finfo(x.dtype).bits > 32 else jnp.float32
 
 
 def lift(denoise: Any) -> Denoiser:
@@ -121,7 +123,7 @@ def denoiser(
     """The denoiser of a network that is told the noisy sample and the time.
 
     Args:
-      network: `(x [b, ...], t [b], cond) -> [b, ...]`.
+      network: `(x [b, ...], t [b], cond) -> [b, ...]`; t is float32 or wider.
       prediction: what it predicts: "x0", "eps", "v", "score" or "flow".
 
     Returns:
@@ -144,9 +146,10 @@ def denoiser(
         )
 
     def denoise(x: Any, noise: Noise, cond: Any) -> Array:
-        t = jnp.broadcast_to(jnp.asarray(noise.t, x.dtype), x.shape[:1])
-        value = network(x, t, cond)
-        return convert(value, x, noise, source=prediction, target="x0")
+        t = jnp.broadcast_to(jnp.asarray(noise.t, wide(x)), x.shape[:1])
+        value, now = (v.astype(wide(x)) for v in (network(x, t, cond), x))
+        x0 = convert(value, now, noise, source=prediction, target="x0")
+        return x0.astype(x.dtype)
 
     return lift(denoise)
 
@@ -159,7 +162,8 @@ def edm_denoiser(network: Callable[..., Any], *, sigma_data: float = 0.5) -> Den
     \sqrt{s^2 + \sigma_d^2}$, $c_{in} = 1 / \sqrt{s^2 + \sigma_d^2}$.
 
     Args:
-      network: `(x [b, ...], c_noise [b], cond) -> [b, ...]`.
+      network: `(x [b, ...], c_noise [b], cond) -> [b, ...]`; c_noise is float32 or
+        wider.
       sigma_data: the standard deviation of the data.
 
     Returns:
@@ -169,8 +173,8 @@ def edm_denoiser(network: Callable[..., Any], *, sigma_data: float = 0.5) -> Den
       ValueError: `sigma_data` is not above 0.
 
     Degenerate inputs:
-      At no noise the sample is returned; the network is told log of the least positive
-      number.
+      At no noise the sample is returned, and where alpha is 0 the network alone
+      answers; it is told the log of the least, or the greatest, number.
 
     References:
       Karras et al., 2022, https://arxiv.org/abs/2206.00364, Table 1.
@@ -179,14 +183,16 @@ def edm_denoiser(network: Callable[..., Any], *, sigma_data: float = 0.5) -> Den
         raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
 
     def denoise(x: Any, noise: Noise, cond: Any) -> Array:
-        s = jnp.asarray(noise.ratio, x.dtype)
-        norm = jnp.sqrt(s**2 + sigma_data**2)
-        skip, out = (sigma_data / norm) ** 2, s * sigma_data / norm
-        told = jnp.log(jnp.maximum(s, jnp.finfo(x.dtype).tiny)) / 4
-        clean = x / along(jnp.asarray(noise.alpha, x.dtype), x)
+        now = x.astype(wide(x))
+        a, s = (jnp.asarray(v, now.dtype) for v in (noise.alpha, noise.sigma))
+        norm = jnp.hypot(s, a * sigma_data)  # over alpha: none is divided by
+        skip, out = a * (sigma_data / norm) ** 2, s * sigma_data / norm
+        limits = jnp.finfo(now.dtype)
+        told = jnp.log(jnp.clip(s / a, limits.tiny, limits.max)) / 4
         told = jnp.broadcast_to(told, x.shape[:1])
-        value = network(clean / along(norm, x), told, cond)
-        return along(skip, x) * clean + along(out, x) * value
+        value = network((now / along(norm, x)).astype(x.dtype), told, cond)
+        x0 = along(skip, x) * now + along(out, x) * value.astype(now.dtype)
+        return x0.astype(x.dtype)
 
     return lift(denoise)
 

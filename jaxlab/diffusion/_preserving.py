@@ -7,10 +7,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ..types import Schedule
-from ._schedules import check_range, space
+from ._schedules import check_range, over, space
 
 
-def vp(*, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Any:
+def vp(
+    *, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3
+) -> Schedule:
     r"""Preserved variance with a linear rate: $\alpha_t = e^{-B(t)/2}$.
 
     $B(t) = \beta_{min} t + (\beta_{max} - \beta_{min}) t^2 / 2$ and $\sigma_t^2 = 1 -
@@ -69,7 +71,9 @@ def scaled_linear(
     return _preserved(whole, beta, inverse, (t_min, 1.0))
 
 
-def cosine(*, offset: float = 0.008, t_min: float = 1e-3, t_max: float = 0.999) -> Any:
+def cosine(
+    *, offset: float = 0.008, t_min: float = 1e-3, t_max: float = 0.999
+) -> Schedule:
     r"""Preserved variance, $\alpha_t = \cos(\theta_t) / \cos(\theta_0)$.
 
     $\theta_t = \frac{\pi}{2} \frac{t + s}{1 + s}$, $\sigma_t^2 = 1 - \alpha_t^2$.
@@ -95,8 +99,8 @@ def cosine(*, offset: float = 0.008, t_min: float = 1e-3, t_max: float = 0.999) 
     if not 0 <= t_min < t_max <= 1:
         raise ValueError(f"want 0 <= t_min < t_max <= 1, got {t_min}, {t_max}")
     rate, first = math.pi / 2 / (1 + offset), math.pi / 2 * offset / (1 + offset)
-    alpha = lambda t: space(t).cos(first + rate * t) / math.cos(first)
-    drift = lambda t: -rate * space(t).tan(first + rate * t)
+    alpha = lambda t: space(t).sin(rate * (1 - t)) / math.cos(first)  # 0 at 1
+    drift = lambda t: -over(rate, space(t).tan(rate * (1 - t)))
 
     def sigma(t: Any) -> Any:  # 1 - cos(a)^2 / cos(b)^2, without cancellation
         xp = space(t)
@@ -105,15 +109,15 @@ def cosine(*, offset: float = 0.008, t_min: float = 1e-3, t_max: float = 0.999) 
 
     def time(ratio: Any) -> Any:
         xp = space(ratio)
-        cos = math.cos(first) / xp.sqrt(1 + xp.square(ratio))
-        return (xp.arccos(cos) - first) / rate
+        sine = xp.hypot(ratio, math.sin(first))  # over the root of 1 + ratio^2
+        return (xp.arctan2(sine, math.cos(first)) - first) / rate
 
     return Schedule(alpha, sigma, drift, lambda t: -2 * drift(t), time, (t_min, t_max))
 
 
 def sub_vp(
     *, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3
-) -> Any:
+) -> Schedule:
     r"""Below preserved variance: $\alpha_t = e^{-B(t)/2}$, $\sigma_t = 1 - \alpha_t^2$.
 
     Args:
@@ -171,21 +175,22 @@ def discrete(betas: Sequence[float] | np.ndarray) -> Schedule:
     if betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
         raise ValueError("betas must be at least two numbers in (0, 1)")
     logs = np.cumsum(np.log1p(-betas))
-    y, times = np.log(np.sqrt(-np.expm1(logs) / np.exp(logs))), np.arange(len(betas))
-    slopes = np.diff(y)
+    y = (np.log(-np.expm1(logs)) - logs) / 2  # log(sigma / alpha)
+    lines = y[:-1], np.diff(y)
 
     def log_ratio(t: Any) -> tuple[Any, Any]:
         xp = space(t)
-        i = xp.clip(xp.floor(t), 0, len(y) - 2).astype("int32")
-        slope = xp.asarray(slopes)[i]
-        return xp.asarray(y)[i] + slope * (t - xp.asarray(times)[i]), slope
+        first = xp.clip(xp.floor(t), 0.0, len(y) - 2.0)
+        at, slope = (xp.asarray(v, first.dtype)[first.astype("int32")] for v in lines)
+        return at + slope * (t - first), slope
 
     def time(ratio: Any) -> Any:
         xp = space(ratio)
         with np.errstate(divide="ignore"):
-            at = xp.log(ratio)
-        i = xp.clip(xp.searchsorted(xp.asarray(y), at) - 1, 0, len(y) - 2)
-        return xp.asarray(times)[i] + (at - xp.asarray(y)[i]) / xp.asarray(slopes)[i]
+            log = xp.log(ratio)
+        at, slope = (xp.asarray(v, log.dtype) for v in lines)
+        i = xp.clip(xp.searchsorted(at, log) - 1, 0, len(y) - 2)
+        return i.astype(log.dtype) + (log - at[i]) / slope[i]
 
     # sigma^2 is the logistic function of twice the log-ratio; its slope gives the rest
     alpha = lambda t: (1 + space(t).exp(2 * log_ratio(t)[0])) ** -0.5

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..types import Grid, Noise, Solver
-from ._ancestral import between, check_start
+from ._ancestral import between, check_falls, check_start
 from ._levels import ratios
 from ._tables import Rows, rows, table
 
@@ -174,10 +174,12 @@ def euler_maruyama(*, noise: float = 1.0) -> Solver:
       noise: lambda.
 
     Returns:
-      A solver of one evaluation a step, of weak order 1.
+      A solver of one evaluation a step, of weak order 1; a step to the clean sample
+      takes what is predicted, without noise.
 
     Raises:
-      ValueError: negative noise; (from `plan`) a grid that starts where alpha is 0.
+      ValueError: negative noise; (from `plan`) a grid that starts where alpha is 0, or
+        noise where the grid's rises.
 
     References:
       Song et al., 2020, https://arxiv.org/abs/2011.13456, equations 6 and 13.
@@ -187,14 +189,19 @@ def euler_maruyama(*, noise: float = 1.0) -> Solver:
 
     def coefficients(grid: Grid) -> Rows:
         check_start(grid, "euler_maruyama")
+        if noise:
+            check_falls(grid, "noise")
         t, alpha, sigma = (v[:-1] for v in grid.noise)
         step, rate = np.diff(grid.noise.t), grid.schedule.diffusion(t)
         pull = (1 + noise) / 2 * rate * step / sigma**2  # the score is (a D - x) / s^2
+        keep = 1 + grid.schedule.drift(t) * step + pull
+        live = grid.noise.sigma[1:] > 0
+        added = live * np.sqrt(noise * rate * np.abs(step))
         return rows(
             grid,
-            keep=[1 + grid.schedule.drift(t) * step + pull],
-            stage=[[-alpha * pull]],
-            spread=[[np.sqrt(noise * rate * np.abs(step))]] if noise else None,
+            keep=[live * keep],
+            stage=[[np.where(live, -alpha * pull, grid.noise.alpha[1:])]],
+            spread=[[added]] if noise else None,
         )
 
     return table(coefficients)

@@ -9,8 +9,8 @@ from jax import Array
 import jax.numpy as jnp
 
 from ..types import Denoiser, Grid, Noise, Solver
-from ._predictions import Calls, along, lift
-from ._tables import wide
+from ._checks import check_cond, check_floating, check_prediction
+from ._predictions import Calls, along, lift, wide
 
 
 class Sample(NamedTuple):
@@ -62,9 +62,9 @@ def sample(
 
     Raises:
       ValueError: a solver that draws noise, without `key`; a leaf of `cond`, a column
-        of the grid or `key` of another batch size than x; a denoiser whose prediction
-        has another shape or dtype than x; an unknown `loop`; a grid that the solver
-        cannot serve.
+        of the grid or `key` of another batch size than x; x of integers; a denoiser
+        whose prediction has another shape or dtype than x; an unknown `loop`; a grid
+        that the solver cannot serve.
 
     Example:
       >>> from jaxlab import diffusion
@@ -75,9 +75,12 @@ def sample(
       >>> out.x.round(3), out.nfe
       (Array([[2., 2., 2.]], dtype=float32), Array(8., dtype=float32))
     """
+    x = jnp.asarray(x)
+    check_floating(x)
     rows = solver.plan(grid) if isinstance(grid, Grid) else grid
     rows = jax.tree.map(lambda v: _cast(v, wide(x)), rows)
-    _check_batch(rows, x, cond)
+    check_cond(cond, x)
+    _check_columns(rows, x)
     denoiser = lift(denoise)
     carry = x, solver.init(x), denoiser.init(x, cond)
     count = jax.tree.leaves(rows)[0].shape[0]
@@ -162,11 +165,7 @@ def _step(denoiser: Denoiser, solver: Solver, carry: Any, row: Any, rest: Any) -
 
     def evaluate(x: Any, noise: Noise, state: Any) -> tuple[Any, Any]:
         x0, after = denoiser.apply(x, noise, cond, state)
-        got, want = jax.typeof(x0), jax.typeof(x)
-        if (got.shape, got.dtype) != (want.shape, want.dtype):
-            raise ValueError(
-                f"the denoiser gave {got.str_short()} for a sample {want.str_short()}"
-            )
+        check_prediction(x0, x)
         return x0, after
 
     def draw(j: int) -> Array:
@@ -212,15 +211,9 @@ def _cast(v: Any, dtype: Any) -> Any:
     return jnp.asarray(v, dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v
 
 
-def _check_batch(rows: Any, x: Any, cond: Any) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(cond):
-        if jnp.shape(leaf)[:1] != x.shape[:1]:
-            raise ValueError(
-                f"cond{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}; its "
-                f"first axis must be the {len(x)} samples"
-            )
-    noise = getattr(rows, "noise", None)
-    if noise is not None and noise.t.ndim > 2 and noise.t.shape[-1] != len(x):
-        raise ValueError(
-            f"the grid has {noise.t.shape[-1]} columns for {len(x)} samples"
-        )
+def _check_columns(rows: Any, x: Any) -> None:
+    """A grid's columns are as many as the samples."""
+    nodes = jax.tree.leaves(rows, is_leaf=lambda v: isinstance(v, Noise))
+    for t in (n.t for n in nodes if isinstance(n, Noise) and n.t.ndim > 2):
+        if t.shape[-1] != len(x):
+            raise ValueError(f"the grid has {t.shape[-1]} columns for {len(x)} samples")

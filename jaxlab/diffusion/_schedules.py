@@ -109,14 +109,14 @@ def flow(*, t_min: float = 1e-3) -> Schedule:
     """
 
     def time(ratio: Any) -> Any:
-        inverse = 1 / ratio if space(ratio) is not np else _over(1, ratio)
+        inverse = 1 / ratio if space(ratio) is not np else over(1, ratio)
         return 1 / (1 + inverse)
 
     return Schedule(
         alpha=lambda t: 1 - t,
         sigma=lambda t: t,
-        drift=lambda t: -_over(1, 1 - t),
-        diffusion=lambda t: _over(2 * t, 1 - t),
+        drift=lambda t: -over(1, 1 - t),
+        diffusion=lambda t: over(2 * t, 1 - t),
         time=time,
         span=(t_min, 1.0),
     )
@@ -206,7 +206,7 @@ def check_range(name: str, low: float, high: float) -> None:
         raise ValueError(f"want 0 < {name}_min < {name}_max, got {low} and {high}")
 
 
-def _over(a: Any, b: Any) -> Any:
+def over(a: Any, b: Any) -> Any:
     """The quotient a / b, infinite where b is 0."""
     with np.errstate(divide="ignore"):
         return np.divide(a, b) if space(b) is np else a / b

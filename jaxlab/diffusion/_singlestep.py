@@ -33,15 +33,14 @@ def dpmpp_2s(*, eta: float = 0.0) -> Solver:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
 
     def coefficients(grid: Grid) -> Rows:
-        s, alpha, sigma = ratios(grid), grid.noise.alpha, grid.noise.sigma
-        down, up = ancestral(grid, eta)
-        live = np.isfinite(s[:-1]) & (down > 0)
-        with np.errstate(invalid="ignore"):
-            to = np.where(live, np.sqrt(s[:-1] * down), s[1:])
+        s, alpha = ratios(grid), grid.noise.alpha
+        lower, added = ancestral(grid, eta)
+        live = np.isfinite(s[:-1]) & (lower > 0) & (alpha[1:] > 0)
+        down = np.where(live, lower, 1) / np.where(live, alpha[1:], 1)
+        to = np.sqrt(np.where(live, s[:-1], 1) * down)
         start = Noise(*(v[:-1] for v in grid.noise))
-        middle = between(grid, np.where(live, to, np.where(s[1:] > 0, s[1:], s[:-1])))
-        one = lambda a, r: (a * r / sigma[:-1], a - alpha[:-1] * a * r / sigma[:-1])
-        half, whole = one(middle.alpha, np.where(live, to, 0)), one(alpha[1:], down)
+        middle = _middle(grid, live, to)
+        half, whole = _step(start, middle), _step(start, Noise(0, alpha[1:], lower))
         return rows(
             grid,
             keep=[half[0], whole[0]],
@@ -49,7 +48,7 @@ def dpmpp_2s(*, eta: float = 0.0) -> Solver:
                 [half[1]],
                 [np.where(live, 0, whole[1]), np.where(live, whole[1], 0)],
             ],
-            spread=[[], [alpha[1:] * up]] if eta else None,
+            spread=[[], [added]] if eta else None,
             noise=[start, middle],
             live=[True, live],
         )
@@ -71,13 +70,10 @@ def dpmpp_3s() -> Solver:
 
     def coefficients(grid: Grid) -> Rows:
         s, alpha, sigma = ratios(grid), grid.noise.alpha, grid.noise.sigma
-        live = np.isfinite(s[:-1]) & (s[1:] > 0)
+        live = np.isfinite(s[:-1]) & np.isfinite(s[1:]) & (s[1:] > 0)
         h = np.where(live, log_steps(grid), 1.0)
-        start = Noise(*(v[:-1] for v in grid.noise))
-        middles = [
-            between(grid, np.where(live, s[:-1] * np.exp(-r * h), s.clip(0, 1e30)[:-1]))
-            for r in (1 / 3, 2 / 3)
-        ]
+        start, before = Noise(*(v[:-1] for v in grid.noise)), np.where(live, s[:-1], 1)
+        middles = [_middle(grid, live, before * np.exp(-r * h)) for r in (1 / 3, 2 / 3)]
         first, second = middles
         keep = [
             *(m.sigma / sigma[:-1] for m in middles),
@@ -123,19 +119,18 @@ def dpmpp_sde(*, eta: float = 1.0) -> Solver:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
 
     def coefficients(grid: Grid) -> Rows:
-        s, alpha, sigma = ratios(grid), grid.noise.alpha, grid.noise.sigma
+        lower, added = ancestral(grid, eta)
+        s, alpha = ratios(grid), grid.noise.alpha
         live = np.isfinite(s[:-1]) & (s[1:] > 0)
         safe = np.where(live, s[1:], 1.0)
         before = np.where(live, s[:-1], 2.0)
         to = np.sqrt(before * safe)
         start = Noise(*(v[:-1] for v in grid.noise))
-        middle = between(grid, to)
-        up = eta * to * np.sqrt(1 - (to / before) ** 2)
-        down = np.sqrt(to**2 - up**2)
-        one = lambda a, r: (a * r / sigma[:-1], a - alpha[:-1] * a * r / sigma[:-1])
-        half = one(middle.alpha, down)
-        lower, upper = ancestral(grid, eta)
-        whole = one(alpha[1:], lower)
+        middle = _middle(grid, live, to)
+        up = eta * middle.sigma * np.sqrt(1 - (to / before) ** 2)
+        down = np.sqrt(middle.sigma**2 - up**2)
+        half = _step(start, middle._replace(sigma=down))
+        whole = _step(start, Noise(0, alpha[1:], lower))
         share = np.sqrt((before - to) / (before - safe))
         return rows(
             grid,
@@ -145,10 +140,10 @@ def dpmpp_sde(*, eta: float = 1.0) -> Solver:
                 [np.where(live, 0, whole[1]), np.where(live, whole[1], 0)],
             ],
             spread=[
-                [middle.alpha * up],
+                [up],
                 [
-                    alpha[1:] * upper * np.where(live, share, 1.0),
-                    alpha[1:] * upper * np.where(live, np.sqrt(1 - share**2), 0.0),
+                    added * np.where(live, share, 1.0),
+                    added * np.where(live, np.sqrt(1 - share**2), 0.0),
                 ],
             ],
             noise=[start, middle],
@@ -156,3 +151,15 @@ def dpmpp_sde(*, eta: float = 1.0) -> Solver:
         )
 
     return table(coefficients)
+
+
+def _middle(grid: Grid, live: np.ndarray, to: np.ndarray) -> Noise:
+    """The levels within steps; the step's start where there is none."""
+    found, start = between(grid, np.where(live, to, 1.0)), (v[:-1] for v in grid.noise)
+    return Noise(*(np.where(live, *v) for v in zip(found, start, strict=True)))
+
+
+def _step(start: Noise, end: Noise) -> tuple[np.ndarray, np.ndarray]:
+    """What is kept of the sample, and added of what was predicted of it."""
+    keep = end.sigma / start.sigma
+    return keep, end.alpha - start.alpha * keep

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..types import Grid, Noise, Solver
-from ._predictions import Prediction, along, convert
+from ._predictions import Prediction, along, convert, wide
 
 
 class Rows(NamedTuple):
@@ -158,7 +158,7 @@ def by_column(coefficients: Callable[[Grid], Any], grid: Grid) -> Any:
         return coefficients(grid)
     steps, every = len(grid.noise.t) - 1, []
     for column in zip(*(v.T for v in grid.noise), strict=True):
-        size = 1 + np.count_nonzero(np.diff(column[2]))
+        size = 1 + np.count_nonzero(np.diff(column).any(0))
         noise = Noise(*(v[:size] for v in column))
         found = coefficients(grid._replace(noise=noise))
         every.append(_padded(found, steps))
@@ -182,8 +182,3 @@ def _padded(found: Any, steps: int) -> Any:
         if v is not None and name != "noise"
     }
     return found._replace(noise=noise, **fields)
-
-
-def wide(x: Any) -> Any:
-    """The dtype that a sample's steps are computed in: float32 or wider."""
-    return jnp.promote_types(x.dtype, jnp.float32)

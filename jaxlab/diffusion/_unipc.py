@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..types import Grid, Noise, Solver
-from ._ancestral import log_steps
+from ._ancestral import gains, log_steps
 from ._levels import ratios
-from ._predictions import along
-from ._tables import by_column, wide
+from ._predictions import along, wide
+from ._tables import by_column
 
 
 class Rows(NamedTuple):
@@ -99,7 +99,7 @@ def _rows(grid: Grid, order: int, variant: str, corrector: bool) -> Rows:
     with np.errstate(divide="ignore"):
         at = -np.log(ratios(grid))
     steps = len(h)
-    keep, total = sigma[1:] / sigma[:-1], -alpha[1:] * np.expm1(-h)
+    keep, total = sigma[1:] / sigma[:-1], gains(grid)
     out = np.zeros((steps, 3 + 2 * order))
     own, before, new, fix = out[:, 0], out[:, 1], out[:, 2], out[:, 3 : 3 + order]
     first, past = out[:, 3 + order], out[:, 4 + order : 3 + 2 * order]
