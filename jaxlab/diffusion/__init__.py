@@ -1,13 +1,26 @@
 """Guided diffusion sampling: schedules, grids, solvers, guidance, correctors."""
 
+from ._adaptive import Adaptive as Adaptive, adaptive as adaptive
 from ._ancestral import ddim as ddim, ddpm as ddpm
+from ._apg import apg as apg
+from ._autoguidance import autoguidance as autoguidance
+from ._classifier import classifier as classifier, elucd as elucd
+from ._fdg import fdg as fdg
+from ._feynman_kac import Population as Population, feynman_kac as feynman_kac
 from ._grids import (
     exponential as exponential,
     karras as karras,
     timesteps as timesteps,
     uniform as uniform,
 )
-from ._langevin import langevin as langevin
+from ._guidance import cfg as cfg
+from ._guidance_cfg import (
+    cfg_plus_plus as cfg_plus_plus,
+    cfg_zero as cfg_zero,
+    magnitude_aware as magnitude_aware,
+    tcfg as tcfg,
+)
+from ._langevin import annealed_langevin as annealed_langevin, langevin as langevin
 from ._levels import (
     columns as columns,
     from_ratios as from_ratios,
@@ -16,7 +29,39 @@ from ._levels import (
     reverse as reverse,
     shift as shift,
 )
+from ._likelihood import (
+    Likelihood as Likelihood,
+    bits_per_dim as bits_per_dim,
+    dequantise as dequantise,
+    log_likelihood as log_likelihood,
+)
+from ._linear_ag import (
+    Linear as Linear,
+    Recorded as Recorded,
+    fit_linear_ag as fit_linear_ag,
+    linear_ag as linear_ag,
+    record as record,
+)
+from ._loss_guidance import (
+    loss_guidance as loss_guidance,
+    recurrent as recurrent,
+    refine as refine,
+    universal as universal,
+)
+from ._losses import (
+    add_noise as add_noise,
+    denoising_loss as denoising_loss,
+    draw_noise as draw_noise,
+    edm_weight as edm_weight,
+    min_snr as min_snr,
+    p2 as p2,
+    prediction_weight as prediction_weight,
+)
+from ._mrs import mean_reverting as mean_reverting, mrs as mrs
 from ._multistep import deis as deis, dpmpp as dpmpp, lms as lms
+from ._ode import probability_flow as probability_flow
+from ._particles import Expert as Expert
+from ._pigdm import pigdm as pigdm
 from ._predictions import (
     convert as convert,
     denoiser as denoiser,
@@ -31,6 +76,14 @@ from ._preserving import (
     scaled_linear as scaled_linear,
     sub_vp as sub_vp,
     vp as vp,
+)
+from ._resample import effective_size as effective_size, resample as resample
+from ._restoration import (
+    colourise as colourise,
+    deblur as deblur,
+    inpaint as inpaint,
+    project as project,
+    replacement as replacement,
 )
 from ._runge_kutta import (
     dpm_2 as dpm_2,
@@ -52,5 +105,15 @@ from ._singlestep import (
     dpmpp_2s as dpmpp_2s,
     dpmpp_3s as dpmpp_3s,
     dpmpp_sde as dpmpp_sde,
+)
+from ._spectrogram import (
+    compress_spectrogram as compress_spectrogram,
+    expand_spectrogram as expand_spectrogram,
+)
+from ._switched import (
+    by_step as by_step,
+    interval as interval,
+    periodic as periodic,
+    policy as policy,
 )
 from ._unipc import unipc as unipc

@@ -1,8 +1,9 @@
 """Networks as functions of pytrees, and the configurations that name them.
 
-`RandomPartitionMoE` is a Flax NNX layer, imported when first used.
+`UNet`, `DiT` and `RandomPartitionMoE` are Flax NNX modules, imported when first used.
 """
 
+import importlib
 from typing import Any
 
 from ._bert import bert as bert
@@ -30,10 +31,15 @@ from ._small_vit import (
 )
 from ._vit import vit as vit
 
+_LATER = {
+    "DiT": "_dit",
+    "RandomPartitionMoE": "_moe",
+    "UNet": "_unet",
+    "sinusoids": "_denoising",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name != "RandomPartitionMoE":
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ._moe import RandomPartitionMoE
-
-    return RandomPartitionMoE
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
