@@ -6,13 +6,13 @@ Claim:    Weighted and resampled, particles converge to a product, a power and a
 Cite:     Skreta et al., 2025, "Feynman-Kac Correctors in Diffusion: Annealing,
           Guidance, and Product of Experts", https://arxiv.org/abs/2503.02819.
 Command:  python experiments/feynman_kac.py
-Device:   CPU, 2 cores. Minutes: 12; --smoke: a quarter.
-Expected: EXPECTED
+Device:   CPU, 2 cores. Minutes: 9; --smoke: a quarter.
+Expected: with noise 4 slopes of -0.48, -0.48 and -0.45; 4096 particles are 6.2, 6.0 and
+          7.1 times closer than with noise 1 (slopes -0.19, -0.21, -0.15).
 
 Mixtures of Gaussians in the plane, whose scores are exact; targets are the product of
 two, the third power of one, and guidance by 3 from one to a component of it. The error
-is that of the weighted mean of the particles, root mean square over seeds and
-coordinates, against the closed form (for guidance, a fine grid).
+is that of the particles' weighted mean, root mean square over seeds and coordinates.
 """
 
 from collections.abc import Callable

@@ -7,7 +7,9 @@ Claim:    Beside the network, a step costs 10 times less than in diffusers for a
 Cite:     Lu et al., 2022, "DPM-Solver++", https://arxiv.org/abs/2211.01095.
 Command:  python experiments/bench/sampling.py [--peer PYTHON, with torch and diffusers]
 Device:   CPU, 2 cores, or an accelerator. Minutes: 4; --smoke: a quarter.
-Expected: EXPECTED
+Expected: diffusers / ours 206 and more (16x2); 26.9 DDIM, 7.6 DPM++2M and 3.2 Heun
+          (16x3x32x32): Heun's step, whose second evaluation the last one skips, is not
+          at 6 yet. Best errors, ours / diffusers: 0.77 at 10, 1.00 at 20, 1.14 at 40.
 
 Overhead is the wall time of a step around a network that gives its input times 0.999,
 the least over rounds. Accuracy is the median distance, over 256 points, of the end of a
@@ -237,4 +239,5 @@ def first(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    experiment.main(Config, run, smoke=SMOKE, file=__file__)
+    above = Path(__file__).parents[1] / "sampling.py"  # records are kept there
+    experiment.main(Config, run, smoke=SMOKE, file=str(above))
