@@ -139,16 +139,19 @@ def _tsit5(
     """The end of the flow and how many steps it took; NaN where they were too many."""
     import diffrax  # pyright: ignore[reportMissingImports]
 
+    start, stop = span
     found = diffrax.diffeqsolve(
         diffrax.ODETerm(slope),
         diffrax.Tsit5(),
-        *span,
-        None,
-        u,
-        cond,
+        t0=start,
+        t1=stop,
+        dt0=None,
+        y0=u,
+        args=cond,
         stepsize_controller=diffrax.PIDController(*tolerances),
         max_steps=most,
         throw=False,
     )
     right = found.result == diffrax.RESULTS.successful
-    return jnp.where(right, found.ys[0], jnp.nan), found.stats["num_steps"]
+    (end,) = jax.tree.leaves(found.ys)  # of the one time that is saved
+    return jnp.where(right, end[0], jnp.nan), found.stats["num_steps"]
