@@ -150,6 +150,7 @@ def ratios(grid: Grid) -> np.ndarray:
 
 
 def levels(schedule: Schedule, times: Any) -> Grid:
+    """A grid of times, not checked."""
     times = np.asarray(times, np.float64)
     return Grid(Noise(*map(np.asarray, level(schedule, times))), schedule)
 

@@ -202,6 +202,7 @@ def scaled(schedule: Schedule, *, sigma: float) -> Schedule:
 
 
 def check_range(name: str, low: float, high: float) -> None:
+    """Two ends, of which the first is above 0."""
     if not 0 < low < high:
         raise ValueError(f"want 0 < {name}_min < {name}_max, got {low} and {high}")
 
